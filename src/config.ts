@@ -1,0 +1,152 @@
+import { existsSync } from 'node:fs';
+import { z } from 'zod';
+
+const MAX_TIMER_MS = 2_147_483_647;
+
+const integer = (min: number, max: number, fallback: number) =>
+  z
+    .string()
+    .regex(/^\d+$/, `must be a whole number from ${min} to ${max}`)
+    .transform(Number)
+    .refine((value) => value >= min && value <= max, `must be a whole number from ${min} to ${max}`)
+    .default(fallback);
+
+const url = (protocols: string[]) =>
+  z
+    .string()
+    .refine(
+      (value) => URL.canParse(value) && protocols.includes(new URL(value).protocol),
+      `must be a URL that begins with ${protocols.map((protocol) => `${protocol}//`).join(' or ')}`,
+    );
+
+const modelProvider = z
+  .strictObject({
+    type: z.enum(['openai-compatible', 'openai', 'anthropic']),
+    base_url: url(['http:', 'https:']).optional(),
+    api_key_env: z
+      .string()
+      .regex(/^[A-Za-z_][A-Za-z0-9_]*$/, 'must be the name of an environment variable, not a key')
+      .optional(),
+    timeout_ms: z.int().min(1).max(MAX_TIMER_MS).default(60_000),
+  })
+  .refine((provider) => provider.type !== 'openai-compatible' || provider.base_url !== undefined, {
+    path: ['base_url'],
+    message: 'is needed for an openai-compatible provider',
+  });
+
+/** Where a model is reached. `timeout_ms` is the longest silence of the upstream, before the first token and between two. */
+export type ModelProviderConfig = z.infer<typeof modelProvider>;
+
+const modelProviders = z
+  .string()
+  .default('{}')
+  .transform((text, context): unknown => {
+    try {
+      return JSON.parse(text);
+    } catch {
+      context.addIssue({
+        code: 'custom',
+        message:
+          'must be a JSON object, e.g. {"local": {"type": "openai-compatible", "base_url": "http://127.0.0.1:11434/v1"}}',
+      });
+      return z.NEVER;
+    }
+  })
+  .pipe(
+    z.record(
+      z
+        .string()
+        .regex(
+          /^(?!offline$)[a-z0-9][a-z0-9_-]*$/,
+          'must be lower-case letters, digits, - or _; "offline" is built in',
+        ),
+      modelProvider,
+    ),
+  );
+
+const origins = z
+  .string()
+  .default('*')
+  .transform((text) =>
+    text
+      .split(',')
+      .map((origin) => origin.trim())
+      .filter((origin) => origin !== ''),
+  )
+  .refine(
+    (list) =>
+      list.length > 0 &&
+      list.every((origin) => origin === '*' || (URL.canParse(origin) && new URL(origin).origin === origin)),
+    'must be * or origins separated by commas, e.g. https://app.example.com,http://localhost:3000',
+  );
+
+const schema = z.object({
+  HOST: z.string().min(1).default('127.0.0.1'),
+  PORT: integer(0, 65_535, 8000),
+  DATABASE_URL: url(['postgres:', 'postgresql:']).optional(),
+  DATABASE_POOL_SIZE: integer(2, 1000, 10),
+  DATA_DIR: z.string().min(1).default('./data'),
+  REDIS_URL: url(['redis:', 'rediss:']).optional(),
+  ROLE: z.enum(['all', 'api', 'worker']).default('all'),
+  WORKER_CONCURRENCY: integer(1, 10_000, 200),
+  MODEL_PROVIDERS: modelProviders,
+  STREAM_FLUSH_INTERVAL_MS: integer(0, 10_000, 10),
+  HEARTBEAT_INTERVAL_MS: integer(100, 3_600_000, 15_000),
+  JOB_LOCK_MS: integer(1000, 600_000, 5000),
+  SHUTDOWN_GRACE_MS: integer(0, 600_000, 10_000),
+  EXECUTION_TIMEOUT_S: integer(1, 86_400, 300),
+  CORS_ORIGINS: origins,
+  MAX_BODY_BYTES: integer(1024, 1_073_741_824, 1_048_576),
+  MAX_JSON_DEPTH: integer(4, 256, 32),
+  MAX_AGENTS: integer(1, 10_000, 100),
+  MAX_CONNECTIONS: integer(0, 100_000, 1000),
+  SEED_EXAMPLE: z.enum(['true', 'false'], 'must be true or false').optional(),
+  LOG_LEVEL: z.enum(['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent']).default('info'),
+});
+
+/** The server's configuration, one property for each variable of `.env.example`; times in ms unless the name says otherwise. */
+export type Config = Readonly<z.infer<typeof schema>> & {
+  /** Reads an API key when an agent needs it, so that a missing one is said then and not at the start. */
+  readonly secret: (variable: string) => string | undefined;
+};
+
+/** The configuration of a server whose database is known, be it the embedded one. */
+export type ServerConfig = Config & { readonly DATABASE_URL: string };
+
+/** Injection token of the {@link ServerConfig}. */
+export const CONFIG = Symbol('Config');
+
+/** Names every bad variable and what it may be. */
+export class ConfigError extends Error {
+  override name = 'ConfigError';
+}
+
+/**
+ * Reads `.env` (variables that are already set win) and the environment.
+ * A variable set to nothing counts as not set. Throws {@link ConfigError}.
+ */
+export function loadConfig(env: NodeJS.ProcessEnv = readEnvironment()): Config {
+  const given = Object.fromEntries(Object.entries(env).filter(([, value]) => value !== ''));
+  const parsed = schema.safeParse(given);
+  if (!parsed.success) {
+    const lines = parsed.error.issues.map((issue) => `  ${describePath(issue.path)}: ${issue.message}`);
+    throw new ConfigError(
+      `The configuration is not valid:\n${lines.join('\n')}\nSee .env.example for every variable.`,
+    );
+  }
+  if (parsed.data.ROLE !== 'all' && !parsed.data.DATABASE_URL) {
+    throw new ConfigError(
+      `The configuration is not valid:\n  DATABASE_URL: is needed with ROLE=${parsed.data.ROLE}, because several processes share one database`,
+    );
+  }
+  return Object.freeze({ ...parsed.data, secret: (variable: string) => env[variable] || undefined });
+}
+
+function describePath(path: readonly PropertyKey[]): string {
+  return path.map((part, index) => (index === 0 ? String(part) : `["${String(part)}"]`)).join('');
+}
+
+function readEnvironment(): NodeJS.ProcessEnv {
+  if (existsSync('.env')) process.loadEnvFile('.env');
+  return process.env;
+}

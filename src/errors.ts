@@ -1,0 +1,76 @@
+/** One fault of a request: where it is (RFC 6901 JSON pointer into the body, or a parameter's name) and what is wrong. */
+export interface Fault {
+  pointer: string;
+  detail: string;
+}
+
+/** Every code a client can meet: in a problem document (HTTP status) or in a terminal `error` chunk. Codes never change. */
+export const ERROR_CODES = {
+  invalid_json: { status: 400, title: 'The body is not valid JSON' },
+  validation_failed: { status: 400, title: 'The request is not valid' },
+  override_not_allowed: { status: 400, title: 'This runtime override is not allowed' },
+  invalid_cursor: { status: 400, title: 'The position in the stream is not valid' },
+  not_found: { status: 404, title: 'There is nothing at this address' },
+  workflow_not_found: { status: 404, title: 'The workflow does not exist' },
+  deployment_not_found: { status: 404, title: 'The deployment is not available' },
+  execution_not_found: { status: 404, title: 'The execution does not exist' },
+  workflow_exists: { status: 409, title: 'A workflow with this name and version exists' },
+  workflow_in_use: { status: 409, title: 'The workflow has an active deployment' },
+  workflow_inactive: { status: 409, title: 'The workflow is not active' },
+  deployment_exists: { status: 409, title: 'An active deployment has this name' },
+  execution_finished: { status: 409, title: 'The execution has already ended' },
+  log_expired: { status: 410, title: 'The chunks of this execution were removed by retention' },
+  payload_too_large: { status: 413, title: 'The body is too large' },
+  unsupported_media_type: { status: 415, title: 'The body must be application/json' },
+  workflow_invalid: { status: 422, title: 'The workflow definition is not valid' },
+  internal_error: { status: 500, title: 'Something went wrong in the server' },
+  agent_error: { status: 502, title: 'An agent could not produce its output' },
+  model_error: { status: 502, title: 'The model could not answer' },
+  model_not_configured: { status: 502, title: 'The model is not configured on this server' },
+  unavailable: { status: 503, title: 'The server cannot take this request now' },
+  worker_lost: { status: 502, title: 'The workers that ran this execution died again and again' },
+  timeout: { status: 504, title: 'The time limit was reached' },
+  cancelled: { status: 409, title: 'The execution was cancelled' },
+} as const satisfies Record<string, { status: number; title: string }>;
+
+export type ErrorCode = keyof typeof ERROR_CODES;
+
+/**
+ * The one error that services and the engine throw. `message` is shown to clients, so it never carries a stack
+ * trace, a key or an upstream's body; those go into `cause`, which is only logged.
+ */
+export class AppError extends Error {
+  readonly faults: Fault[] | undefined;
+  /** Seconds after which a repeat may succeed (RFC 9110 `Retry-After`). */
+  readonly retryAfter: number | undefined;
+
+  constructor(
+    readonly code: ErrorCode,
+    message: string,
+    options: { faults?: Fault[]; retryAfter?: number; cause?: unknown } = {},
+  ) {
+    super(message, { cause: options.cause });
+    this.name = new.target.name;
+    this.faults = options.faults;
+    this.retryAfter = options.retryAfter;
+  }
+
+  get status(): number {
+    return ERROR_CODES[this.code].status;
+  }
+}
+
+/** A failure that may not happen again: the same call can be repeated as long as none of its output was used. */
+export class TransientError extends AppError {}
+
+/** Any thrown value as an AppError; what is not one already becomes `internal_error`, its text kept from clients. */
+export function toAppError(error: unknown): AppError {
+  if (error instanceof AppError) return error;
+  return new AppError(
+    'internal_error',
+    'The server met an error that it did not expect; its log has the details.',
+    {
+      cause: error,
+    },
+  );
+}

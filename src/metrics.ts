@@ -1,0 +1,61 @@
+import { Counter, Gauge, Histogram, Registry, collectDefaultMetrics } from 'prom-client';
+
+/** What `GET /metrics` exposes (Prometheus text format 0.0.4). One instance a process; each app has its own in tests. */
+export class Metrics {
+  readonly registry = new Registry();
+
+  readonly executions = new Counter({
+    name: 'agent_studio_executions_total',
+    help: 'Executions by the state that they reached: queued counts each accepted one, the others each end',
+    labelNames: ['state'] as const,
+    registers: [this.registry],
+  });
+  readonly runningExecutions = new Gauge({
+    name: 'agent_studio_executions_running',
+    help: 'Executions that this process runs now',
+    registers: [this.registry],
+  });
+  readonly timeToFirstChunk = new Histogram({
+    name: 'agent_studio_time_to_first_chunk_seconds',
+    help: 'From accepting an execution to its first committed content chunk',
+    buckets: [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60],
+    registers: [this.registry],
+  });
+  readonly executionDuration = new Histogram({
+    name: 'agent_studio_execution_duration_seconds',
+    help: 'From accepting an execution to its end',
+    labelNames: ['state'] as const,
+    buckets: [0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600],
+    registers: [this.registry],
+  });
+  readonly openStreams = new Gauge({
+    name: 'agent_studio_open_streams',
+    help: 'Event streams that clients hold open at this process',
+    registers: [this.registry],
+  });
+  readonly queueDepth = new Gauge({
+    name: 'agent_studio_queue_depth',
+    help: 'Executions that wait for a worker, in the whole system',
+    registers: [this.registry],
+  });
+  readonly logFlushDuration = new Histogram({
+    name: 'agent_studio_event_log_flush_seconds',
+    help: 'One flush of the event log, from the statement to its commit',
+    buckets: [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5],
+    registers: [this.registry],
+  });
+  readonly logChunks = new Counter({
+    name: 'agent_studio_event_log_chunks_total',
+    help: 'Chunks committed to the event log',
+    registers: [this.registry],
+  });
+  readonly logFlushFailures = new Counter({
+    name: 'agent_studio_event_log_flush_failures_total',
+    help: 'Flushes of the event log that failed and were tried again',
+    registers: [this.registry],
+  });
+
+  constructor() {
+    collectDefaultMetrics({ register: this.registry });
+  }
+}
