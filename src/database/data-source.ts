@@ -1,0 +1,51 @@
+import { Client } from 'pg';
+import { DataSource } from 'typeorm';
+import { DeploymentRevision } from './entities/deployment-revision.entity.js';
+import { Deployment } from './entities/deployment.entity.js';
+import { ExecutionChunk } from './entities/execution-chunk.entity.js';
+import { Execution } from './entities/execution.entity.js';
+import { Step } from './entities/step.entity.js';
+import { Workflow } from './entities/workflow.entity.js';
+import { migrations } from './migrations/index.js';
+
+/** Any number that no other program on the same database uses for its advisory locks. */
+const MIGRATION_LOCK = 7_061_923_418;
+
+/** ms until an unreachable server counts as away. */
+export const CONNECT_TIMEOUT_MS = 4000;
+
+export interface DatabaseOptions {
+  /** `postgres://` URL. */
+  url: string;
+  /** Connections of the pool at most. */
+  poolSize?: number;
+}
+
+/** The one description of the database: the app and the migration CLI both use it. It never synchronizes. */
+export function createDataSource({ url, poolSize = 10 }: DatabaseOptions): DataSource {
+  return new DataSource({
+    type: 'postgres',
+    url,
+    applicationName: 'agent-studio',
+    entities: [Workflow, Deployment, DeploymentRevision, Execution, Step, ExecutionChunk],
+    migrations,
+    migrationsTransactionMode: 'each',
+    synchronize: false,
+    uuidExtension: 'pgcrypto',
+    installExtensions: false,
+    poolSize,
+    connectTimeoutMS: CONNECT_TIMEOUT_MS,
+  });
+}
+
+/** Brings the schema up to date. Processes that start at the same moment wait for each other on an advisory lock. */
+export async function migrate(dataSource: DataSource, url: string): Promise<void> {
+  const lock = new Client({ connectionString: url, connectionTimeoutMillis: CONNECT_TIMEOUT_MS });
+  await lock.connect();
+  try {
+    await lock.query('SELECT pg_advisory_lock($1)', [MIGRATION_LOCK]);
+    await dataSource.runMigrations();
+  } finally {
+    await lock.end();
+  }
+}

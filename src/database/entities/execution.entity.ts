@@ -1,0 +1,72 @@
+import { Column, Entity, Index, PrimaryColumn } from 'typeorm';
+import type { ExecutionInput } from './configuration.js';
+
+/** One run of a deployment. It repeats the deployment's names, so that it stays readable after its deletion. */
+@Entity('execution')
+@Index('execution_deployment_finished', ['deployment_id', 'finished_at'])
+@Index('execution_unfinished', ['status'], { where: "status IN ('queued', 'running')" })
+export class Execution {
+  /** A UUID of version 7, so that ids ascend in the order of acceptance. */
+  @PrimaryColumn('uuid')
+  execution_id: string;
+
+  @Column('uuid')
+  deployment_id: string;
+
+  @Column('text')
+  deployment_name: string;
+
+  @Column('text')
+  environment: string;
+
+  @Column('uuid')
+  workflow_id: string;
+
+  @Column('uuid')
+  revision_id: string;
+
+  @Column('text')
+  status: 'queued' | 'running' | 'completed' | 'error' | 'cancelled';
+
+  /** How often a worker took it up: the fencing token of its log. */
+  @Column('integer', { default: 0 })
+  attempt: number;
+
+  @Column('json')
+  input: ExecutionInput;
+
+  /** A JSON string, because `text` can't hold U+0000; null until the end. */
+  @Column('json', { nullable: true })
+  response: string | null;
+
+  @Column('text', { nullable: true })
+  error: string | null;
+
+  @Column('text', { nullable: true })
+  code: string | null;
+
+  @Column('integer', { default: 0 })
+  input_tokens: number;
+
+  @Column('integer', { default: 0 })
+  output_tokens: number;
+
+  /** Sequence of the terminal chunk; null until the end. */
+  @Column('integer', { nullable: true })
+  last_sequence: number | null;
+
+  @Column({ type: 'timestamptz', precision: 3 })
+  created_at: Date;
+
+  @Column({ type: 'timestamptz', precision: 3, nullable: true })
+  started_at: Date | null;
+
+  @Column({ type: 'timestamptz', precision: 3, nullable: true })
+  first_chunk_at: Date | null;
+
+  @Column({ type: 'timestamptz', precision: 3, nullable: true })
+  finished_at: Date | null;
+
+  @Column({ type: 'timestamptz', precision: 3, nullable: true })
+  cancel_requested_at: Date | null;
+}

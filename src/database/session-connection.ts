@@ -1,0 +1,72 @@
+import { Client } from 'pg';
+import { CONNECT_TIMEOUT_MS } from './data-source.js';
+import type { QueryConfig, QueryResult, QueryResultRow } from 'pg';
+
+
+
+export interface SessionOptions {
+  connectionString: string;
+  /** Statements that every new connection begins with. */
+  setup: string[];
+  /** Called with each connection after its setup, the first one included. */
+  onConnect?: (client: Client) => void;
+  /** Called when an established connection is lost. */
+  onLost?: (error: Error) => void;
+}
+
+/** One connection with a state of its own (settings, LISTEN), made when it is first needed and made again after a loss. */
+export class SessionConnection {
+  private current: Promise<Client> | undefined;
+  private closed = false;
+
+  constructor(private readonly options: SessionOptions) {}
+
+  async query<Row extends QueryResultRow>(query: QueryConfig): Promise<QueryResult<Row>> {
+    const client = await this.connected();
+    return client.query<Row>(query);
+  }
+
+  /** Resolves with the connection once it is set up. */
+  connected(): Promise<Client> {
+    if (this.closed) return Promise.reject(new Error('The connection is closed.'));
+    if (!this.current) {
+      const current: Promise<Client> = this.connect(() => this.forget(current));
+      this.current = current;
+      current.catch(() => this.forget(current)); // the caller sees the rejection, the next one tries anew
+    }
+    return this.current;
+  }
+
+  async close(): Promise<void> {
+    this.closed = true;
+    const current = this.current;
+    this.current = undefined;
+    const client = await current?.catch(() => undefined); // a connection that was never made needs no end
+    await client?.end();
+  }
+
+  private async connect(forget: () => boolean): Promise<Client> {
+    const { connectionString, setup, onConnect } = this.options;
+    const client = new Client({
+      connectionString,
+      connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
+      keepAlive: true,
+      application_name: 'agent-studio',
+    });
+    const lost = (error: Error) => {
+      if (forget() && !this.closed) this.options.onLost?.(error);
+    };
+    client.on('error', lost);
+    client.on('end', () => lost(new Error('Connection terminated')));
+    await client.connect();
+    for (const statement of setup) await client.query(statement);
+    onConnect?.(client);
+    return client;
+  }
+
+  private forget(connection: Promise<Client>): boolean {
+    if (this.current !== connection) return false;
+    this.current = undefined;
+    return true;
+  }
+}
