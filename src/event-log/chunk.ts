@@ -1,0 +1,80 @@
+/** The states in which an execution ends; its last chunk carries the same word. */
+export type TerminalStatus = 'completed' | 'error' | 'cancelled';
+
+/** `status` of a chunk: `started` is always the first, one of {@link TerminalStatus} always the last, exactly once. */
+export type ChunkStatus = 'started' | TerminalStatus | 'restarted';
+
+/** Where the steps of an execution stand; `progress` is the share of finished ones, from 0 to 1. */
+export interface StepProgress {
+  step_id: string;
+  agent_id: string;
+  status: string;
+  completed_steps: number;
+  total_steps: number;
+  progress: number;
+}
+
+/** What a producer hands to the log; the log adds the rest of the {@link Chunk}. Keys are in the order of the wire. */
+export interface ChunkContent {
+  type: 'status' | 'content' | 'progress';
+  data?: string | StepProgress;
+  status?: ChunkStatus;
+  error?: string;
+  code?: string;
+  agent_id?: string;
+  /** Only with `restarted`: content of `agent_id` with a higher `sequence` than this, up to this chunk, is void. */
+  discard_after?: number;
+}
+
+/** One JSON object of the stream, as clients receive it in the `data:` line of an event. */
+export interface Chunk extends ChunkContent {
+  deployment_name: string;
+  workflow_id: string;
+  execution_id: string;
+  /** 1, 2, 3 … without gaps within an execution. */
+  sequence: number;
+  /** ISO 8601 in UTC with milliseconds. */
+  timestamp: string;
+}
+
+/** The part of every chunk that does not change within an execution. */
+export interface ChunkOrigin {
+  deployment_name: string;
+  workflow_id: string;
+  execution_id: string;
+}
+
+/**
+ * Serializes a chunk once; the same string goes into the log's row and into every client's frame. It never contains
+ * a line break (JSON escapes them), so a row can join chunks by LF, and lone surrogates are escaped (ECMA-262
+ * well-formed JSON.stringify), so that the text is always valid UTF-8.
+ */
+export function serializeChunk(
+  content: ChunkContent,
+  origin: ChunkOrigin,
+  sequence: number,
+  at: Date,
+): string {
+  const chunk: Chunk = {
+    type: content.type,
+    data: content.data,
+    status: content.status,
+    error: content.error,
+    code: content.code,
+    deployment_name: origin.deployment_name,
+    workflow_id: origin.workflow_id,
+    execution_id: origin.execution_id,
+    sequence,
+    agent_id: content.agent_id,
+    discard_after: content.discard_after,
+    timestamp: at.toISOString(),
+  };
+  return JSON.stringify(chunk);
+}
+
+const TERMINAL_CHUNK = /^\{"type":"status","status":"(?:completed|error|cancelled)"/;
+
+/** Whether a serialized chunk is the last one of its execution. */
+export function isTerminalChunk(line: string | undefined): boolean {
+  return line !== undefined && TERMINAL_CHUNK.test(line);
+}

@@ -1,0 +1,76 @@
+import type { ChunkContent, ChunkOrigin, TerminalStatus } from './chunk.js';
+
+/** Consecutive chunks of one execution, already committed. */
+export interface LogBatch {
+  /** Sequence of `chunks[0]`. */
+  first: number;
+  last: number;
+  /** Serialized {@link Chunk}s, one line of JSON each. */
+  chunks: string[];
+  /** The last chunk of this batch is the execution's terminal one. */
+  terminal: boolean;
+}
+
+/** What makes a worker the owner of an execution's log. `attempt` is the fencing token: a newer one shuts it out. */
+export interface LogOwner extends ChunkOrigin {
+  attempt: number;
+  /** Highest sequence that is in the log already. */
+  last_sequence: number;
+}
+
+/** The end of an execution, committed together with its terminal chunk and the deployment's counters. */
+export interface ExecutionEnd {
+  status: TerminalStatus;
+  error?: string;
+  code?: string;
+  /** What the answering agents said, also when the run failed or was cancelled on the way. */
+  response: string;
+  input_tokens: number;
+  output_tokens: number;
+  /** When the first content chunk was committed; absent if there was none. */
+  first_chunk_at?: Date;
+}
+
+/** The owner's pen. Nothing that it writes is seen by a reader before it is committed. */
+export interface LogWriter {
+  /** Aborts with {@link FencedError} as the reason once a newer attempt owns the execution. */
+  readonly fenced: AbortSignal;
+  /** Highest sequence handed out so far. */
+  readonly lastSequence: number;
+  /** When the first `content` chunk was committed. */
+  readonly firstContentAt: Date | undefined;
+  /** Numbers a chunk and queues it for the next flush; wait for {@link drain} before writing without bound. */
+  append(content: ChunkContent): void;
+  /** Resolves when little enough is waiting for the database; rejects with {@link FencedError}. */
+  drain(): Promise<void> | undefined;
+  /** Resolves when everything appended so far is committed; it does not wait for the flush interval. Rejects with {@link FencedError}. */
+  flush(): Promise<void>;
+  /** Flushes, then writes the terminal chunk and the execution's end in one transaction. Rejects with {@link FencedError}. */
+  finish(end: ExecutionEnd): Promise<void>;
+}
+
+/** A newer attempt owns the execution; whatever this one still wants to write is void. */
+export class FencedError extends Error {
+  override name = 'FencedError';
+}
+
+/**
+ * The log is the truth, and every stream is a view of it: readers are handed a chunk only after its commit, so whoever
+ * knows an execution's id and a sequence can go on reading there, in any process and after any crash.
+ */
+export abstract class EventLog {
+  /** Takes over the log of an execution; the caller has just made `owner.attempt` the execution's current attempt. */
+  abstract open(owner: LogOwner): LogWriter;
+
+  /**
+   * Yields everything after sequence `after`, first what is stored, then what is committed while it reads, and returns
+   * after the terminal chunk. It reads on only when asked for the next batch, so a slow reader holds one batch at most.
+   * `idleMs` bounds the silence: an empty batch is yielded each time nothing came for that long.
+   * Returns early, without error, when `signal` aborts. Reading at `after` = 100,000 costs the same as at 10.
+   */
+  abstract read(
+    executionId: string,
+    after: number,
+    options: { signal: AbortSignal; idleMs?: number },
+  ): AsyncGenerator<LogBatch, void, void>;
+}

@@ -1,0 +1,122 @@
+import { randomUUID } from 'node:crypto';
+import { Logger } from '@nestjs/common';
+import type { Notification, Pool } from 'pg';
+import { SessionConnection } from '../database/session-connection.js';
+import type { LogSubscriptions } from './log-subscriptions.js';
+import { POSITIONS } from './statements.js';
+
+const CHANNEL = 'agent_studio_log';
+/** PostgreSQL refuses a payload of 8,000 bytes; a position takes 36 (UUID) + 1 + 10 + 1 at most. */
+const POSITIONS_PER_PAYLOAD = 160;
+/** How often a process says that it is there, and asks the table in case a notification was lost. */
+const BEAT_MS = 2000;
+/** A process that was silent for this long is taken for gone. */
+const PEER_SILENCE_MS = 3 * BEAT_MS;
+
+export interface LogPosition {
+  executionId: string;
+  last: number;
+}
+
+/**
+ * Wakes readers in other processes: NOTIFY carries positions only (`<process> <execution>:<last>,…`), the chunks stay
+ * in the table. Processes greet each other (a payload without positions), so that one that is alone on its database
+ * notifies nobody. Notifications may be lost (a reconnect, a process that has not been heard yet); a slow poll and a
+ * fresh look at the table after each reconnect make up for that.
+ */
+export class LogNotifier {
+  private readonly logger = new Logger(LogNotifier.name);
+  private readonly self = randomUUID();
+  private readonly peers = new Map<string, number>();
+  private readonly session: SessionConnection;
+  private readonly pool: Pool;
+  private readonly subscriptions: LogSubscriptions;
+  private beat: NodeJS.Timeout | undefined;
+  private stopped = false;
+
+  constructor(options: { connectionString: string; pool: Pool; subscriptions: LogSubscriptions }) {
+    this.pool = options.pool;
+    this.subscriptions = options.subscriptions;
+    this.session = new SessionConnection({
+      connectionString: options.connectionString,
+      setup: [`LISTEN ${CHANNEL}`],
+      onConnect: (client) => {
+        client.on('notification', (notification) => this.receive(notification));
+        this.subscriptions.invalidateAll();
+      },
+      onLost: (error) => this.logger.warn(`The connection that listens for chunks was lost: ${error.message}`),
+    });
+  }
+
+  async start(): Promise<void> {
+    await this.session.connected();
+    await this.send(['']);
+    this.scheduleBeat();
+  }
+
+  async stop(): Promise<void> {
+    this.stopped = true;
+    clearTimeout(this.beat);
+    await this.session.close();
+  }
+
+  /** Tells the other processes, if there are any, how far some logs go. It does not wait, and a failure is made up for. */
+  announce(positions: LogPosition[]): void {
+    if (positions.length === 0 || !this.hasPeers()) return;
+    const payloads: string[] = [];
+    for (let start = 0; start < positions.length; start += POSITIONS_PER_PAYLOAD) {
+      const some = positions.slice(start, start + POSITIONS_PER_PAYLOAD);
+      payloads.push(some.map(({ executionId, last }) => `${executionId}:${last}`).join());
+    }
+    this.send(payloads).catch((error: unknown) => this.logger.debug(error));
+  }
+
+  private async send(payloads: string[]): Promise<void> {
+    await this.pool.query({
+      name: 'event-log-notify',
+      text: `SELECT pg_notify('${CHANNEL}', payload) FROM unnest($1::text[]) AS payload`,
+      values: [payloads.map((payload) => `${this.self} ${payload}`)],
+    });
+  }
+
+  private receive({ payload = '' }: Notification): void {
+    const space = payload.indexOf(' ');
+    const sender = payload.slice(0, space);
+    if (sender === this.self) return;
+    const isNew = !this.peers.has(sender);
+    this.peers.set(sender, Date.now());
+    // So that a newcomer does not have to wait for the next beat to learn that it is not alone.
+    if (isNew) this.send(['']).catch((error: unknown) => this.logger.debug(error));
+    if (space === payload.length - 1) return;
+    for (const position of payload.slice(space + 1).split(',')) {
+      const colon = position.indexOf(':');
+      this.subscriptions.announce(position.slice(0, colon), Number(position.slice(colon + 1)));
+    }
+  }
+
+  private hasPeers(): boolean {
+    const oldest = Date.now() - PEER_SILENCE_MS;
+    for (const [peer, heard] of this.peers) if (heard < oldest) this.peers.delete(peer);
+    return this.peers.size > 0;
+  }
+
+  private scheduleBeat(): void {
+    this.beat = setTimeout(() => {
+      this.onBeat()
+        .catch((error: unknown) => this.logger.warn(error))
+        .finally(() => this.stopped || this.scheduleBeat());
+    }, BEAT_MS);
+  }
+
+  private async onBeat(): Promise<void> {
+    await this.session.connected();
+    await this.send(['']);
+    const executionIds = this.subscriptions.executionIds();
+    if (executionIds.length === 0) return;
+    const { rows } = await this.pool.query<{ execution_id: string; last_sequence: number }>({
+      ...POSITIONS,
+      values: [executionIds],
+    });
+    rows.forEach((row) => this.subscriptions.announce(row.execution_id, row.last_sequence));
+  }
+}

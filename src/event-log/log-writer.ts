@@ -1,0 +1,141 @@
+import { serializeChunk } from './chunk.js';
+import type { ChunkContent } from './chunk.js';
+import { FencedError } from './event-log.js';
+import type { ExecutionEnd, LogBatch, LogOwner, LogWriter } from './event-log.js';
+
+/** Characters that may wait for the database before {@link LogWriter.drain} holds the producer. */
+const HIGH_WATER_MARK = 128 * 1024;
+
+/** Chunks of one writer that go into one row. */
+export interface PendingRow {
+  writer: ExecutionLogWriter;
+  batch: LogBatch;
+  /** The row's text: the chunks joined by LF. */
+  text: string;
+  /** Holds a content chunk. */
+  content: boolean;
+}
+
+/** What a writer needs of the log that it belongs to. */
+export interface LogWriterHost {
+  /** The writer has chunks to flush. */
+  schedule(writer: ExecutionLogWriter): void;
+  end(writer: ExecutionLogWriter, end: ExecutionEnd & { sequence: number; chunk: string; finished_at: Date }): Promise<boolean>;
+}
+
+/** Numbers the chunks of one execution and collects them until the next flush. */
+export class ExecutionLogWriter implements LogWriter {
+  private readonly fence = new AbortController();
+  private chunks: string[] = [];
+  private characters = 0;
+  private hasContent = false;
+  private sequence: number;
+  private committedSequence: number;
+  private inFlight = false;
+  private drained: { promise: Promise<void>; resolve: () => void } | undefined;
+  private contentAt: Date | undefined;
+  /** `performance.now()` of the last flush. */
+  lastFlush = -Infinity;
+  /** Must not wait for the flush interval. */
+  urgent = false;
+
+  constructor(
+    readonly owner: LogOwner,
+    private readonly host: LogWriterHost,
+  ) {
+    this.sequence = owner.last_sequence;
+    this.committedSequence = owner.last_sequence;
+  }
+
+  get fenced(): AbortSignal {
+    return this.fence.signal;
+  }
+
+  get lastSequence(): number {
+    return this.sequence;
+  }
+
+  get firstContentAt(): Date | undefined {
+    return this.contentAt;
+  }
+
+  append(content: ChunkContent): void {
+    const line = serializeChunk(content, this.owner, ++this.sequence, new Date());
+    this.chunks.push(line);
+    this.characters += line.length;
+    if (content.type === 'content') this.hasContent = true;
+    if (this.chunks.length === 1 && !this.inFlight) this.host.schedule(this);
+  }
+
+  drain(): Promise<void> | undefined {
+    if (this.fence.signal.aborted) return Promise.reject(this.fence.signal.reason);
+    if (this.characters < HIGH_WATER_MARK) return undefined;
+    return this.flushed();
+  }
+
+  async flush(): Promise<void> {
+    const last = this.sequence;
+    while (this.committedSequence < last) {
+      this.urgent = true;
+      if (!this.inFlight) this.host.schedule(this);
+      await this.flushed();
+    }
+    this.fence.signal.throwIfAborted();
+  }
+
+  async finish(end: ExecutionEnd): Promise<void> {
+    await this.flush();
+    const finishedAt = new Date();
+    const sequence = ++this.sequence;
+    const status = { type: 'status', status: end.status, error: end.error, code: end.code } as const;
+    const chunk = serializeChunk(status, this.owner, sequence, finishedAt);
+    if (!(await this.host.end(this, { ...end, sequence, chunk, finished_at: finishedAt }))) this.shutOut();
+    this.fence.signal.throwIfAborted();
+  }
+
+  /** Everything that waits, as one row; it counts as in flight until {@link committed} or {@link shutOut}. */
+  takeRow(): PendingRow | undefined {
+    if (this.chunks.length === 0) return undefined;
+    const { chunks, hasContent } = this;
+    this.chunks = [];
+    this.characters = 0;
+    this.hasContent = false;
+    this.inFlight = true;
+    this.urgent = false;
+    const batch = { first: this.sequence - chunks.length + 1, last: this.sequence, chunks, terminal: false };
+    return { writer: this, batch, text: chunks.join('\n'), content: hasContent };
+  }
+
+  committed(row: PendingRow): void {
+    if (row.content) this.contentAt ??= new Date();
+    this.committedSequence = row.batch.last;
+    this.settle();
+    if (this.chunks.length > 0) this.host.schedule(this);
+  }
+
+  /** A newer attempt owns the execution: nothing of this writer goes into the log any more. */
+  shutOut(): void {
+    const { execution_id, attempt } = this.owner;
+    this.fence.abort(new FencedError(`Attempt ${attempt} of execution ${execution_id} is no longer its owner.`));
+    this.chunks = [];
+    this.characters = 0;
+    this.settle();
+  }
+
+  private settle(): void {
+    this.inFlight = false;
+    this.drained?.resolve();
+    this.drained = undefined;
+  }
+
+  /** Resolves after the flush that is in flight or scheduled. */
+  private async flushed(): Promise<void> {
+    if (!this.drained) {
+      let resolve = () => {};
+      const promise = new Promise<void>((settle) => (resolve = settle));
+      this.drained = { promise, resolve };
+    }
+    await this.drained.promise;
+    this.fence.signal.throwIfAborted();
+  }
+}

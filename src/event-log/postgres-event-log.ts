@@ -1,0 +1,209 @@
+import { Inject, Injectable, Logger } from '@nestjs/common';
+import type { OnApplicationShutdown, OnModuleInit } from '@nestjs/common';
+import { Pool } from 'pg';
+import { CONFIG } from '../config.js';
+import type { ServerConfig } from '../config.js';
+import { GroupCommit } from '../database/group-commit.js';
+import { SessionConnection } from '../database/session-connection.js';
+import { retryWhileUnavailable } from '../database/unavailable.js';
+import { Metrics } from '../metrics.js';
+import { EventLog } from './event-log.js';
+import type { LogBatch, LogOwner, LogWriter } from './event-log.js';
+import { FlushSchedule } from './flush-schedule.js';
+import { LogNotifier } from './log-notifier.js';
+import { LogSubscriptions, batchOf, join, trim } from './log-subscriptions.js';
+import { ExecutionLogWriter } from './log-writer.js';
+import type { LogWriterHost, PendingRow } from './log-writer.js';
+import { END, FLUSH, READ, ROW_SEPARATOR } from './statements.js';
+
+/** Rows and bytes that a catching-up reader takes from the table at once. */
+const READ_ROWS = 64;
+const READ_BYTES = 256 * 1024;
+
+type WriterEnd = { writer: ExecutionLogWriter; end: Parameters<LogWriterHost['end']>[1] };
+
+/**
+ * The event log on PostgreSQL: one row a flush and execution, one statement for all executions of the process.
+ * Chunks commit without waiting for the disk (`synchronous_commit=off`: a crash of PostgreSQL itself can lose the last
+ * moments, but never leaves a gap), ends commit with it.
+ */
+@Injectable()
+export class PostgresEventLog extends EventLog implements OnModuleInit, OnApplicationShutdown, LogWriterHost {
+  private readonly logger = new Logger(PostgresEventLog.name);
+  private readonly subscriptions = new LogSubscriptions();
+  private readonly dirty = new Set<ExecutionLogWriter>();
+  private readonly flushes = new FlushSchedule(() => this.flush());
+  private readonly ends = new GroupCommit<WriterEnd, boolean>((items) => this.commitEnds(items));
+  private readonly shutdown = new AbortController();
+  private readonly session: SessionConnection;
+  private readonly notifier: LogNotifier;
+
+  constructor(
+    private readonly pool: Pool,
+    @Inject(CONFIG) private readonly config: ServerConfig,
+    private readonly metrics: Metrics,
+  ) {
+    super();
+    const connectionString = config.DATABASE_URL;
+    this.session = new SessionConnection({ connectionString, setup: ['SET synchronous_commit = off'] });
+    this.notifier = new LogNotifier({ connectionString, pool, subscriptions: this.subscriptions });
+  }
+
+  async onModuleInit(): Promise<void> {
+    await this.notifier.start();
+  }
+
+  /** Late, so that executions that end during the shutdown still get their last chunks in. */
+  async onApplicationShutdown(): Promise<void> {
+    this.shutdown.abort(new Error('The event log is closed.'));
+    await Promise.all([this.notifier.stop(), this.session.close()]);
+  }
+
+  open(owner: LogOwner): LogWriter {
+    return new ExecutionLogWriter(owner, this);
+  }
+
+  async *read(
+    executionId: string,
+    after: number,
+    { signal, idleMs }: { signal: AbortSignal; idleMs?: number },
+  ): AsyncGenerator<LogBatch, void, void> {
+    const subscription = this.subscriptions.add(executionId);
+    try {
+      let cursor = after;
+      while (!signal.aborted) {
+        let batch = subscription.take(cursor);
+        if (!batch && subscription.isBehind(cursor)) {
+          subscription.beginCatchUp(cursor);
+          const stored = await this.readStored(executionId, cursor);
+          if (stored.more) subscription.invalidate();
+          batch = stored.batch;
+          if (signal.aborted) return;
+        }
+        if (batch) {
+          cursor = batch.last;
+          yield batch;
+          if (batch.terminal) return;
+        } else if (!(await subscription.news(cursor, { signal, idleMs }))) {
+          yield { first: cursor + 1, last: cursor, chunks: [], terminal: false };
+        }
+      }
+    } finally {
+      this.subscriptions.remove(executionId, subscription);
+    }
+  }
+
+  schedule(writer: ExecutionLogWriter): void {
+    this.dirty.add(writer);
+    const wait = writer.urgent ? 0 : writer.lastFlush + this.config.STREAM_FLUSH_INTERVAL_MS - performance.now();
+    this.flushes.request(wait);
+  }
+
+  end(writer: ExecutionLogWriter, end: WriterEnd['end']): Promise<boolean> {
+    return this.ends.add({ writer, end });
+  }
+
+  /** The next chunks after `cursor` from the table; `more`: the read was cut, there may be further rows. */
+  private async readStored(executionId: string, cursor: number): Promise<{ batch?: LogBatch; more: boolean }> {
+    const { rows } = await this.pool.query<{ first_sequence: number; last_sequence: number; chunks: string }>({
+      ...READ,
+      values: [executionId, cursor, READ_ROWS, READ_BYTES],
+    });
+    let batch: LogBatch | undefined;
+    let bytes = 0;
+    for (const row of rows) {
+      bytes += row.chunks.length;
+      batch = join(batch, trim(batchOf(row), cursor));
+    }
+    // A character takes at most three bytes in UTF-8, so this errs on the side of one read too many.
+    return { batch, more: rows.length >= READ_ROWS - 1 || bytes * 3 >= READ_BYTES };
+  }
+
+  /** Writes what waits. It never rejects: while the database is away it tries again, and the producers are held by `drain`. */
+  private async flush(): Promise<void> {
+    const rows: PendingRow[] = [];
+    for (const writer of this.dirty) {
+      const row = writer.takeRow();
+      if (row) rows.push(row);
+    }
+    this.dirty.clear();
+    if (rows.length === 0) return;
+    const stopTimer = this.metrics.logFlushDuration.startTimer();
+    const values = [
+      `{${rows.map(({ writer }) => writer.owner.execution_id).join()}}`,
+      `{${rows.map(({ writer }) => writer.owner.attempt).join()}}`,
+      `{${rows.map(({ batch }) => batch.first).join()}}`,
+      `{${rows.map(({ batch }) => batch.last).join()}}`,
+      rows.map(({ text }) => text).join(ROW_SEPARATOR),
+    ];
+    try {
+      const written = await this.retried(() => this.session.query<{ execution_id: string }>({ ...FLUSH, values }));
+      stopTimer();
+      this.settle(rows, new Set(written.rows.map((row) => row.execution_id)));
+    } catch (error) {
+      // The shutdown, or a defect: either way the chunks are not in the log, so these writers must not go on.
+      this.metrics.logFlushFailures.inc();
+      if (!this.shutdown.signal.aborted) this.logger.error(error);
+      rows.forEach(({ writer }) => writer.shutOut());
+    }
+  }
+
+  private settle(rows: PendingRow[], written: Set<string>): void {
+    const now = performance.now();
+    let chunks = 0;
+    for (const row of rows) {
+      const { writer, batch, text } = row;
+      if (!written.has(writer.owner.execution_id)) {
+        writer.shutOut();
+        continue;
+      }
+      chunks += batch.chunks.length;
+      writer.lastFlush = now;
+      this.subscriptions.deliver(writer.owner.execution_id, batch, text.length);
+      writer.committed(row);
+    }
+    this.metrics.logChunks.inc(chunks);
+    this.notifier.announce(rows.map(({ writer, batch }) => ({ executionId: writer.owner.execution_id, last: batch.last })));
+  }
+
+  private async commitEnds(items: WriterEnd[]): Promise<boolean[]> {
+    const ends = items.map(({ end }) => end);
+    const values = [
+      items.map(({ writer }) => writer.owner.execution_id),
+      items.map(({ writer }) => writer.owner.attempt),
+      ends.map((end) => end.status),
+      ends.map((end) => end.code ?? null),
+      ends.map((end) => end.error?.replaceAll('\u0000', '\ufffd') ?? null), // `text` can't hold U+0000
+      ends.map((end) => JSON.stringify(end.response)).join(ROW_SEPARATOR),
+      ends.map((end) => end.input_tokens),
+      ends.map((end) => end.output_tokens),
+      ends.map((end) => end.first_chunk_at ?? null),
+      ends.map((end) => end.finished_at),
+      ends.map((end) => end.sequence),
+      ends.map((end) => end.chunk).join(ROW_SEPARATOR),
+    ];
+    const { rows } = await this.retried(() => this.pool.query<{ execution_id: string }>({ ...END, values }));
+    const ended = new Set(rows.map((row) => row.execution_id));
+    const announced: { executionId: string; last: number }[] = [];
+    for (const { writer, end } of items) {
+      const executionId = writer.owner.execution_id;
+      if (!ended.has(executionId)) continue;
+      announced.push({ executionId, last: end.sequence });
+      const batch = { first: end.sequence, last: end.sequence, chunks: [end.chunk], terminal: true };
+      this.subscriptions.deliver(executionId, batch, end.chunk.length);
+    }
+    this.metrics.logChunks.inc(announced.length);
+    this.notifier.announce(announced);
+    return items.map(({ writer }) => ended.has(writer.owner.execution_id));
+  }
+
+  private retried<Result>(statement: () => Promise<Result>): Promise<Result> {
+    return retryWhileUnavailable(statement, {
+      signal: this.shutdown.signal,
+      onRetry: (error) => {
+        this.metrics.logFlushFailures.inc();
+        this.logger.warn(error);
+      },
+    });
+  }
+}

@@ -1,0 +1,107 @@
+/** Separates the chunks of different rows in one text parameter; JSON never contains it unescaped. */
+export const ROW_SEPARATOR = '\u001e';
+
+/**
+ * One flush: a row for each execution, in one text parameter, because escaping an array of texts costs more than the
+ * rest of the statement. Only the current attempt of a running execution gets in: the share lock makes a newer attempt,
+ * which begins with an update of the execution, wait for this statement, and this statement see the newer attempt.
+ * A row that is there already, word for word, is this very statement repeated after a lost connection: it was written.
+ */
+export const FLUSH = {
+  name: 'event-log-flush',
+  text: `
+    INSERT INTO execution_chunk AS stored (execution_id, first_sequence, last_sequence, chunks)
+    SELECT row.execution_id, row.first_sequence, row.last_sequence, row.chunks
+      FROM unnest($1::uuid[], $2::int[], $3::int[], $4::int[], string_to_array($5, E'\\x1e'))
+             AS row (execution_id, attempt, first_sequence, last_sequence, chunks)
+      JOIN execution USING (execution_id, attempt)
+     WHERE execution.status = 'running'
+       FOR SHARE OF execution
+        ON CONFLICT (execution_id, first_sequence) DO UPDATE SET last_sequence = excluded.last_sequence
+           WHERE stored.chunks = excluded.chunks
+    RETURNING execution_id`,
+};
+
+/**
+ * The ends of several executions, each with its terminal chunk and its deployment's counters, in one transaction.
+ * Deployments are locked in the order of their ids, so that two processes can't wait for each other. An execution that
+ * has this end already counts as ended: the statement was repeated after a lost connection.
+ */
+export const END = {
+  name: 'event-log-end',
+  text: `
+    WITH ending AS MATERIALIZED (
+      SELECT * FROM unnest(
+        $1::uuid[], $2::int[], $3::text[], $4::text[], $5::text[], string_to_array($6, E'\\x1e'), $7::int[], $8::int[],
+        $9::timestamptz[], $10::timestamptz[], $11::int[], string_to_array($12, E'\\x1e')
+      ) AS item (execution_id, attempt, status, code, error, response, input_tokens, output_tokens,
+                 first_chunk_at, finished_at, sequence, chunk)
+    ), ended AS (
+      UPDATE execution SET
+             status = ending.status, code = ending.code, error = ending.error, response = ending.response::json,
+             input_tokens = ending.input_tokens, output_tokens = ending.output_tokens,
+             first_chunk_at = coalesce(execution.first_chunk_at, ending.first_chunk_at),
+             finished_at = ending.finished_at, last_sequence = ending.sequence
+        FROM ending
+       WHERE execution.execution_id = ending.execution_id AND execution.attempt = ending.attempt
+         AND execution.status IN ('queued', 'running')
+      RETURNING execution.execution_id, execution.deployment_id, execution.status, execution.error, execution.finished_at
+    ), logged AS (
+      INSERT INTO execution_chunk (execution_id, first_sequence, last_sequence, chunks)
+      SELECT execution_id, sequence, sequence, chunk FROM ending JOIN ended USING (execution_id)
+    ), locked AS MATERIALIZED (
+      SELECT deployment_id FROM deployment
+       WHERE deployment_id IN (SELECT deployment_id FROM ended) ORDER BY deployment_id FOR NO KEY UPDATE
+    ), counted AS (
+      UPDATE deployment SET
+             execution_count = execution_count + ends.all_ends,
+             success_count = success_count + ends.completed,
+             error_count = error_count + ends.failed,
+             cancelled_count = cancelled_count + ends.cancelled,
+             last_executed_at = greatest(last_executed_at, ends.last_at),
+             last_error = CASE WHEN ends.failed > 0 THEN ends.failure ELSE deployment.last_error END,
+             last_error_at = CASE WHEN ends.failed > 0 THEN ends.failed_at ELSE deployment.last_error_at END
+        FROM (SELECT deployment_id, count(*) AS all_ends,
+                     count(*) FILTER (WHERE status = 'completed') AS completed,
+                     count(*) FILTER (WHERE status = 'error') AS failed,
+                     count(*) FILTER (WHERE status = 'cancelled') AS cancelled,
+                     max(finished_at) AS last_at,
+                     max(finished_at) FILTER (WHERE status = 'error') AS failed_at,
+                     (array_agg(error ORDER BY finished_at DESC) FILTER (WHERE status = 'error'))[1] AS failure
+                FROM ended JOIN locked USING (deployment_id) GROUP BY deployment_id) AS ends
+       WHERE deployment.deployment_id = ends.deployment_id
+    )
+    SELECT execution_id FROM ended
+    UNION
+    SELECT execution_id FROM execution JOIN ending USING (execution_id, attempt, status)
+     WHERE execution.last_sequence = ending.sequence`,
+};
+
+/**
+ * Rows that hold anything after a cursor, beginning with the row that holds the very next chunk, cut after about
+ * $4 bytes. Both ends are found through the primary key, so the price does not depend on the cursor.
+ */
+export const READ = {
+  name: 'event-log-read',
+  text: `
+    SELECT first_sequence, last_sequence, chunks
+      FROM (SELECT *, sum(octet_length(chunks)) OVER (ORDER BY first_sequence) - octet_length(chunks) AS bytes_before
+              FROM (SELECT first_sequence, last_sequence, chunks FROM execution_chunk
+                     WHERE execution_id = $1
+                       AND first_sequence >= coalesce((SELECT max(first_sequence) FROM execution_chunk
+                                                        WHERE execution_id = $1 AND first_sequence <= $2 + 1), 0)
+                     ORDER BY first_sequence LIMIT $3) AS next_rows) AS sized
+     WHERE bytes_before < $4 AND last_sequence > $2
+     ORDER BY first_sequence`,
+};
+
+/** How far the logs of some executions go, for the poll that backs up the notifications. */
+export const POSITIONS = {
+  name: 'event-log-positions',
+  text: `
+    SELECT asked.execution_id, newest.last_sequence
+      FROM unnest($1::uuid[]) AS asked (execution_id)
+     CROSS JOIN LATERAL (SELECT last_sequence FROM execution_chunk
+                          WHERE execution_chunk.execution_id = asked.execution_id
+                          ORDER BY first_sequence DESC LIMIT 1) AS newest`,
+};
