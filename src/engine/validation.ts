@@ -1,0 +1,101 @@
+import type { z } from 'zod';
+import type { Fault } from '../errors.js';
+
+/** Names that reach an object's prototype in careless code; refused as ids and as keys wherever clients choose names. */
+const FORBIDDEN_NAMES: ReadonlySet<string> = new Set(['__proto__', 'constructor', 'prototype']);
+
+/** Deeper JSON than this overflows the stack of recursive code that reads it later, JSON.stringify among it. */
+const MAX_DEPTH = 256;
+
+const NOUNS: Record<string, string> = {
+  object: 'an object',
+  record: 'an object',
+  array: 'an array',
+  string: 'a text',
+  number: 'a number',
+  int: 'a whole number',
+  boolean: 'true or false',
+};
+
+const UNITS: Record<string, string> = { string: 'characters', array: 'items' };
+
+/** Whether `name` must not be an id or a key. */
+export function isForbiddenName(name: string): boolean {
+  return FORBIDDEN_NAMES.has(name);
+}
+
+/** Appends path segments to an RFC 6901 JSON pointer, escaping `~` and `/`. */
+export function toPointer(base: string, ...segments: PropertyKey[]): string {
+  return segments.reduce<string>(
+    (pointer, segment) => `${pointer}/${String(segment).replaceAll('~', '~0').replaceAll('/', '~1')}`,
+    base,
+  );
+}
+
+/**
+ * Finds what no schema sees: forbidden keys at any depth, and nesting beyond 256 levels.
+ * Works without recursion, so that hostile nesting can't overflow the stack here already.
+ */
+export function findUnsafeJson(value: unknown, pointer: string): Fault[] {
+  const faults: Fault[] = [];
+  const pending = [{ value, pointer, depth: 1 }];
+  for (let next = pending.pop(); next !== undefined; next = pending.pop()) {
+    if (typeof next.value !== 'object' || next.value === null) continue;
+    if (next.depth > MAX_DEPTH) {
+      faults.push({ pointer: next.pointer, detail: `is nested more than ${MAX_DEPTH} levels deep` });
+      continue;
+    }
+    for (const [key, child] of Object.entries(next.value)) {
+      const at = toPointer(next.pointer, key);
+      if (isForbiddenName(key)) faults.push({ pointer: at, detail: `the name "${key}" is not allowed` });
+      else if (typeof child === 'object') pending.push({ value: child, pointer: at, depth: next.depth + 1 });
+    }
+  }
+  return faults;
+}
+
+/** Checks `value` against `schema`; what is wrong goes into `faults`, and then nothing is returned. */
+export function parseShape<Schema extends z.ZodType>(
+  schema: Schema,
+  value: unknown,
+  at: { pointer: string; faults: Fault[] },
+): z.output<Schema> | undefined {
+  const parsed = schema.safeParse(value, { reportInput: true });
+  if (parsed.success) return parsed.data;
+  for (const issue of parsed.error.issues) {
+    const pointer = toPointer(at.pointer, ...issue.path);
+    if (issue.code === 'unrecognized_keys') {
+      // Forbidden names are reported by findUnsafeJson, wherever they are.
+      const keys = issue.keys.filter((key) => !isForbiddenName(key));
+      at.faults.push(...keys.map((key) => unknownProperty(pointer, key)));
+    } else {
+      at.faults.push({ pointer, detail: describe(issue) });
+    }
+  }
+  return undefined;
+}
+
+function unknownProperty(pointer: string, key: string): Fault {
+  return { pointer: toPointer(pointer, key), detail: `the property "${key}" is not known here` };
+}
+
+function describe(issue: z.core.$ZodIssue): string {
+  if (issue.code === 'invalid_type') {
+    return issue.input === undefined ? 'is required' : `must be ${NOUNS[issue.expected] ?? issue.expected}`;
+  }
+  if (issue.code === 'too_small') {
+    const { origin, minimum } = issue;
+    if (origin in UNITS && minimum === 1) return 'must not be empty';
+    return describeBound(origin, issue.inclusive ? 'at least' : 'more than', minimum);
+  }
+  if (issue.code === 'too_big') {
+    return describeBound(issue.origin, issue.inclusive ? 'at most' : 'less than', issue.maximum);
+  }
+  if (issue.code === 'invalid_value') return `must be one of ${issue.values.map(String).join(', ')}`;
+  return issue.message;
+}
+
+function describeBound(origin: string, relation: string, bound: number | bigint): string {
+  const unit = UNITS[origin];
+  return unit === undefined ? `must be ${relation} ${bound}` : `must have ${relation} ${bound} ${unit}`;
+}

@@ -1,0 +1,150 @@
+import { describe, expect, it } from '@jest/globals';
+import type { Fault } from '../../src/errors.js';
+import { compileExpression, toExpressionVariables } from '../../src/engine/expressions.js';
+
+function holds(
+  source: string,
+  input: { query?: string; output?: string; variables?: Record<string, unknown> } = {},
+) {
+  const faults: Fault[] = [];
+  const expression = compileExpression(source, { pointer: '/e', faults });
+  if (expression === undefined) throw new Error(faults[0]?.detail);
+  const { query = 'q', output = 'out', variables = {} } = input;
+  return expression.holds({ query, output, variables: toExpressionVariables(variables) });
+}
+
+function faultIn(source: string): string {
+  const faults: Fault[] = [];
+  expect(compileExpression(source, { pointer: '/e', faults })).toBeUndefined();
+  expect(faults).toEqual([
+    { pointer: '/e', detail: expect.stringMatching(/^the expression is not valid: /) },
+  ]);
+  return faults[0]?.detail ?? '';
+}
+
+describe('a condition', () => {
+  it('reads query, output and variables with the functions of CEL', () => {
+    const input = {
+      query: 'Where is my order?',
+      output: 'REFUND: yes\nurgent',
+      variables: { plan: 'pro', seats: 3, tags: ['vip', 'eu'], flag: true, user: { age: 20 } },
+    };
+    for (const source of [
+      'output.contains("REFUND")',
+      'output.startsWith("REFUND") && output.endsWith("urgent")',
+      'output.matches("^REFUND: (yes|no)")',
+      'query.lowerAscii().contains("order")',
+      'variables.plan == "pro"',
+      'variables.seats == 3 && variables.seats > 2 && variables.seats < 3.5',
+      'variables.user.age >= 18',
+      '"vip" in variables.tags',
+      'variables.tags.exists(t, t == "eu") && variables.tags.all(t, size(t) > 1)',
+      'has(variables.plan) && !has(variables.missing)',
+      'variables.flag',
+      'size(output) + 1 > 5',
+      'int(variables.seats) + 1 == 4',
+      'output.split("\\n").size() == 2',
+      'size(output) > 100 ? false : true',
+      '!(output == query)',
+    ]) {
+      expect([source, holds(source, input)]).toEqual([source, true]);
+    }
+    expect(holds('output == "other"')).toBe(false);
+  });
+
+  it('is refused when it can not be parsed', () => {
+    for (const source of ['1 +', 'output ==', '(', 'output..x', 'a b', '"open', "output.matches('(')"])
+      faultIn(source);
+    expect(faultIn('1 +')).toContain('Unexpected token: EOF');
+    expect(faultIn("output.matches('(')")).toContain('"(" is no regular expression');
+  });
+
+  it('is refused when its names or types are wrong', () => {
+    expect(faultIn('outptu == "x"')).toContain('Unknown variable: outptu');
+    expect(faultIn('output == 5')).toContain('no such overload');
+    expect(faultIn('output')).toContain('it gives string, and must give bool');
+    expect(faultIn('size(output)')).toContain('it gives int');
+    expect(faultIn('process.exit()')).toContain('the function "exit" is not known here');
+    expect(faultIn('output.constructor("return 1")() == 1')).toContain('not valid');
+    expect(faultIn('output.contains(5)')).toContain('no matching overload');
+  });
+
+  it('is refused when it is too long or too deep', () => {
+    expect(faultIn(`output == "${'x'.repeat(2000)}"`)).toContain('longer than 2000 characters');
+    for (const source of [
+      '('.repeat(900) + 'true' + ')'.repeat(900),
+      '['.repeat(240) + ']'.repeat(240) + ' == []',
+    ]) {
+      faultIn(source);
+    }
+    expect(holds('!'.repeat(1900) + 'true')).toBe(true);
+  });
+
+  it('fails the run, not the process, on data that do not fit', () => {
+    const failing: [string, RegExp, Record<string, unknown>][] = [
+      ['variables.missing == 1', /No such key: missing/, {}],
+      ['variables.constructor == 1', /No such key: constructor/, {}],
+      ['variables.__proto__ == 1', /No such key: __proto__/, {}],
+      ['variables.flag', /neither true nor false/, { flag: 'yes' }],
+      ['variables.text.contains("a")', /no matching overload/, { text: 5 }],
+      ['1 / size(variables.list) == 1', /division by zero/, { list: [] }],
+      ['output.matches(variables.pattern)', /Invalid regular expression/, { pattern: '(' }],
+      ['variables.a + 1 == 2', /no such overload/, { a: 'x' }],
+    ];
+    for (const [source, message, variables] of failing)
+      expect(() => holds(source, { variables })).toThrow(message);
+  });
+
+  it('is ended when a regular expression takes exponential time', () => {
+    const output = 'a'.repeat(60) + 'b';
+    expect(() => holds('output.matches("^(a+)+$")', { output })).toThrow('it takes longer than 250 ms');
+    expect(() => holds('output.matches(variables.p)', { output, variables: { p: '(a|a?)+$' } })).toThrow(
+      '250 ms',
+    );
+    expect(holds('output.matches("^a+b$")', { output })).toBe(true);
+  });
+
+  it('is ended when its macros multiply', () => {
+    const list = Array.from({ length: 1000 }, (_, index) => index);
+    const source = 'variables.l.all(a, variables.l.all(b, variables.l.all(c, a + 1.0 > b - c - 1e9)))';
+    expect(() => holds(source, { variables: { l: list } })).toThrow('250 ms');
+    expect(holds('variables.l.all(a, a >= 0)', { variables: { l: list } })).toBe(true);
+  });
+
+  it('can not build values that grow with every operation', () => {
+    expect(faultIn('[output].map(a, a + a).map(a, a + a)[0].size() > 1')).toContain('+ adds numbers only');
+    expect(faultIn('[[1] + [1]] == []')).toContain('+ adds numbers only');
+    expect(faultIn('cel.bind(a, output, a.size() > 1)')).toContain('"bind" is not known');
+    expect(faultIn('[output, output].join("") == ""')).toContain('"join" is not known');
+    expect(faultIn('bytes(output).hex() == ""')).toContain('is not known');
+    expect(faultIn('[[[[1]]]] == []')).toContain('nested too deeply');
+    expect(faultIn('[1].map(a, [1].map(b, [1].map(c, [1].map(d, d)))) == []')).toContain('nested too deeply');
+  });
+
+  it('sees variables as they are down to the fourth level, and null below', () => {
+    const variables = { a: { b: { c: { d: { e: 1 } } } }, text: 'x'.repeat(10) };
+    expect(holds('variables.a.b.c.d == null || has(variables.a.b.c.d.e)', { variables })).toBe(true);
+    expect(toExpressionVariables(variables)).toEqual({
+      a: { b: { c: { d: { e: 1 } } } },
+      text: 'xxxxxxxxxx',
+    });
+    expect(toExpressionVariables({ l: [[[[[1]]]]] })).toEqual({ l: [[[[null]]]] });
+    const own: unknown = JSON.parse('{"__proto__": {"polluted": 1}}');
+    expect(Object.keys(toExpressionVariables(own as Record<string, unknown>))).toEqual(['__proto__']);
+  });
+
+  it('works again after it was ended', () => {
+    const faults: Fault[] = [];
+    const expression = compileExpression(
+      'variables.l.all(a, variables.l.all(b, output.matches("^(a+)+$")))',
+      {
+        pointer: '/e',
+        faults,
+      },
+    );
+    const input = (output: string) => ({ query: '', output, variables: { l: [1, 2] } });
+    expect(() => expression?.holds(input('a'.repeat(60) + 'b'))).toThrow('250 ms');
+    expect(expression?.holds(input('aaa'))).toBe(true);
+    expect(expression?.holds(input('b'))).toBe(false);
+  });
+});

@@ -1,0 +1,172 @@
+import { describe, expect, it } from '@jest/globals';
+import { AppError, type Fault } from '../../src/errors.js';
+import { compileTemplate, type EarlierResults, type TemplateScope } from '../../src/engine/templates.js';
+
+const nothingEarlier: EarlierResults = { outputs: {}, errors: {} };
+
+function render(source: string, scope: Partial<TemplateScope> = {}, earlier = nothingEarlier): string {
+  const faults: Fault[] = [];
+  const template = compileTemplate(source, { pointer: '/t', faults });
+  if (template === undefined) throw new Error(faults[0]?.detail);
+  return template.render({ query: 'q', variables: {}, chat_history: [], ...scope }, () => earlier);
+}
+
+function faultIn(source: string): string {
+  const faults: Fault[] = [];
+  expect(compileTemplate(source, { pointer: '/t', faults })).toBeUndefined();
+  expect(faults).toEqual([{ pointer: '/t', detail: expect.stringMatching(/^the template is not valid: /) }]);
+  return faults[0]?.detail ?? '';
+}
+
+function renderError(source: string, scope?: Partial<TemplateScope>): AppError {
+  try {
+    render(source, scope);
+  } catch (error) {
+    if (error instanceof AppError) return error;
+    throw error;
+  }
+  throw new Error(`"${source.slice(0, 100)}" was rendered`);
+}
+
+describe('a template', () => {
+  it('reads the query, variables, history, outputs and errors', () => {
+    const text = render(
+      '{{ query }}|{{ variables.user.name | upcase }}|{% for m in chat_history %}{{ m.actor }}:{{ m.content }};{% endfor %}|{{ outputs.a }}|{{ outputs["a-b"] }}|{{ errors.c.code }} {{ errors.c.message }}',
+      {
+        query: 'Hi',
+        variables: { user: { name: 'Ann' } },
+        chat_history: [
+          { actor: 'user', content: '1' },
+          { actor: 'assistant', content: '2' },
+        ],
+      },
+      { outputs: { a: 'A', 'a-b': 'AB' }, errors: { c: { code: 'model_error', message: 'gone' } } },
+    );
+    expect(text).toBe('Hi|ANN|user:1;assistant:2;|A|AB|model_error gone');
+  });
+
+  it('reads outputs of agents with unlucky names', () => {
+    const outputs = { hasOwnProperty: '1', toString: '2', valueOf: '3', toLiquid: '4', _1: '5' };
+    expect(
+      render(
+        '{{ outputs.hasOwnProperty }}{{ outputs.toString }}{{ outputs.valueOf }}{{ outputs.toLiquid }}{{ outputs._1 }}',
+        {},
+        { outputs, errors: {} },
+      ),
+    ).toBe('12345');
+  });
+
+  it('gives nothing for what is missing', () => {
+    expect(render('[{{ variables.a.b }}{{ nope }}{{ outputs.x }}{{ errors.x.message }}]')).toBe('[]');
+  });
+
+  it('shows hostile text as it is', () => {
+    const hostile = '{{ query }} {% raw %}\r\n\u2028\u0000\ud800😀<script>';
+    expect(render('{{ query }}', { query: hostile })).toBe(hostile);
+  });
+
+  it('is refused when it can not be parsed, saying where', () => {
+    expect(faultIn('line 1\n{{ query | nope }}')).toContain('undefined filter: nope, line:2');
+    for (const source of [
+      '{{',
+      '{% if query %}',
+      '{% foo %}',
+      '{% if %}{% endif %}',
+      '{{ query | }',
+      '{% endfor %}',
+    ])
+      faultIn(source);
+  });
+
+  it('can not read files, and has no partials', () => {
+    for (const tag of ['include', 'render', 'layout', 'block']) {
+      expect(faultIn(`{% ${tag} "/etc/passwd" %}`)).toContain(`tag "${tag}" not found`);
+    }
+    expect(faultIn('{% liquid\n include "/etc/passwd"\n%}')).toContain('tag "include" not found');
+  });
+
+  it('sees neither prototypes nor anything of the server', () => {
+    for (const source of [
+      '{{ query.constructor }}',
+      '{{ variables.constructor.name }}',
+      '{{ variables.__proto__ }}',
+      '{{ variables["__proto__"]["constructor"] }}',
+      '{{ outputs.toString }}',
+      '{{ chat_history.map }}',
+      '{{ process.env.PATH }}{{ globalThis }}{{ models }}{{ signal }}{{ agent_id }}',
+    ]) {
+      expect([source, render(source)]).toEqual([source, '']);
+    }
+  });
+
+  it('changes nothing that other renderings see', () => {
+    const variables = { n: 1 };
+    const source =
+      '{% assign __proto__ = variables %}{% assign variables = 5 %}{% increment query %}{% increment constructor %}';
+    expect(render(source, { variables })).toBe('00');
+    expect(variables).toEqual({ n: 1 });
+    expect(render('{{ n }}{{ query }}{{ constructor }}')).toBe('q');
+    expect(({} as Record<string, unknown>)['n']).toBeUndefined();
+  });
+
+  it('asks for earlier results only when it names them', () => {
+    const template = compileTemplate('{{ query }}', { pointer: '', faults: [] });
+    const scope = { query: 'q', variables: {}, chat_history: [] };
+    expect(
+      template?.render(scope, () => {
+        throw new Error('asked');
+      }),
+    ).toBe('q');
+  });
+
+  it('is refused when it is too long or nested too deeply', () => {
+    expect(faultIn('x'.repeat(100_001))).toContain('longer than 100000 characters');
+    expect(render('x'.repeat(100_000))).toHaveLength(100_000);
+    expect(faultIn('{% if a %}'.repeat(4500) + '{% endif %}'.repeat(4500))).toContain('nested too deeply');
+  });
+
+  it('is ended when it takes too long, too much memory, or gives too much text', () => {
+    const big = 'x'.repeat(100_000);
+    const bombs: [string, RegExp][] = [
+      [
+        '{% for i in (1..3000) %}{% for j in (1..3000) %}{% assign x = i %}{% endfor %}{% endfor %}',
+        /longer than 250 ms/,
+      ],
+      ['{% for i in (1..100000000) %}x{% endfor %}', /memory/],
+      [
+        '{% assign x = "aaaaaaaa" %}{% for i in (1..60) %}{% assign x = x | append: x %}{% endfor %}',
+        /memory/,
+      ],
+      ['{% for i in (1..100000) %}{{ variables.big }}{% endfor %}', /too long/],
+      ['{% for i in (1..60) %}{{ variables.big }}{% endfor %}', /longer than 5000000 characters/],
+      [
+        '{% capture c %}{% for i in (1..4000) %}{{ variables.big }}{% endfor %}{% endcapture %}{{ c | split: "" | size }}',
+        /memory/,
+      ],
+      ['{{ "now" | date: "%1000000000d" }}', /memory/],
+    ];
+    for (const [source, message] of bombs) {
+      const error = renderError(source, { variables: { big } });
+      expect(error.code).toBe('agent_error');
+      expect(error.message).toMatch(message);
+    }
+  });
+
+  it('works again after it was ended', () => {
+    const template = compileTemplate(
+      '{% for i in variables.l %}{% for j in variables.l %}{% for k in variables.l %}{% cycle "a", "b" %}{% endfor %}{% endfor %}{% endfor %}',
+      { pointer: '', faults: [] },
+    );
+    const scope = (length: number) => ({
+      query: '',
+      variables: { l: Array.from({ length }, () => 1) },
+      chat_history: [],
+    });
+    expect(() => template?.render(scope(2000), () => nothingEarlier)).toThrow('250 ms');
+    expect(template?.render(scope(2), () => nothingEarlier)).toBe('abababab');
+  });
+
+  it('reads dates in UTC, wherever the server stands', () => {
+    expect(render('{{ "2026-01-01T00:30:00Z" | date: "%Y-%m-%d %H:%M %z" }}')).toBe('2026-01-01 00:30 +0000');
+  });
+});
