@@ -1,4 +1,4 @@
-/** One fault of a request: where it is (RFC 6901 JSON pointer into the body, or a parameter's name) and what is wrong. */
+/** One fault of a request: where it is (RFC 6901 JSON pointer into the body or the query parameters) and what is wrong. */
 export interface Fault {
   pointer: string;
   detail: string;

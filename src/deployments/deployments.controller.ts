@@ -1,0 +1,125 @@
+import { Body, Controller, Delete, Get, HttpCode, Param, Post, Query, Res } from '@nestjs/common';
+import { ApiOkResponse, ApiParam, ApiTags } from '@nestjs/swagger';
+import type { Response } from 'express';
+import { ApiProblems } from '../problem.dto.js';
+import { supportDesk, supportDeskId } from '../workflows/example.js';
+import {
+  DeploymentDetailsDto,
+  DeploymentDto,
+  DeploymentPageDto,
+  DeployWorkflowDto,
+  EnvironmentDto,
+  ListDeploymentsDto,
+  StatisticsDto,
+  StatisticsQueryDto,
+} from './deployments.dto.js';
+import { DeploymentsService } from './deployments.service.js';
+import { StatisticsService } from './statistics.service.js';
+
+const DeploymentName = () => ApiParam({ name: 'deployment_name', example: supportDesk.name });
+
+@ApiTags('deployments')
+@Controller('api')
+export class DeploymentsController {
+  constructor(
+    private readonly deployments: DeploymentsService,
+    private readonly statisticsService: StatisticsService,
+  ) {}
+
+  /**
+   * Deploy a workflow
+   *
+   * @remarks The deployment keeps the configuration that the workflow has now. A stopped deployment of the same name and environment becomes active again, with its counters, whichever workflow it had.
+   */
+  @Post('workflows/:workflow_id/deploy')
+  @ApiParam({ name: 'workflow_id', format: 'uuid', example: supportDeskId })
+  @ApiProblems(
+    'validation_failed',
+    'workflow_not_found',
+    'workflow_inactive',
+    'deployment_exists',
+    'workflow_invalid',
+  )
+  async deploy(
+    @Param('workflow_id') workflowId: string,
+    @Body() body: DeployWorkflowDto,
+    @Res({ passthrough: true }) response: Response,
+  ): Promise<DeploymentDto> {
+    const deployment = await this.deployments.deploy(workflowId, body);
+    const { deployment_name, environment } = deployment;
+    response.location(`/api/deployments/${deployment_name}?environment=${environment}`);
+    return deployment;
+  }
+
+  /** List the active deployments, the one deployed last first */
+  @Get('workflows/deployments/active')
+  @ApiOkResponse({ type: [DeploymentDto] })
+  listActive(): Promise<DeploymentDto[]> {
+    return this.deployments.listActive();
+  }
+
+  /**
+   * Stop a deployment
+   *
+   * @remarks It takes no new executions; running ones end, the record and the counters stay. Stopping it again changes nothing. Without an environment, an active deployment is meant before a stopped one.
+   */
+  @Post('workflows/deployments/:deployment_name/stop')
+  @HttpCode(200)
+  @DeploymentName()
+  @ApiProblems('validation_failed', 'deployment_not_found')
+  stop(
+    @Param('deployment_name') deploymentName: string,
+    @Query() { environment }: EnvironmentDto,
+  ): Promise<DeploymentDto> {
+    return this.deployments.stop(deploymentName, environment);
+  }
+
+  /**
+   * Delete a deployment and its counters
+   *
+   * @remarks Running executions end, and the results of all of them can be read on.
+   */
+  @Delete('workflows/deployments/:deployment_name')
+  @HttpCode(204)
+  @DeploymentName()
+  @ApiProblems('validation_failed', 'deployment_not_found')
+  remove(
+    @Param('deployment_name') deploymentName: string,
+    @Query() { environment }: EnvironmentDto,
+  ): Promise<void> {
+    return this.deployments.remove(deploymentName, environment);
+  }
+
+  /** List deployments, active or not, newest names first */
+  @Get('deployments')
+  @ApiProblems('validation_failed')
+  list(@Query() query: ListDeploymentsDto): Promise<DeploymentPageDto> {
+    return this.deployments.list(query);
+  }
+
+  /** Read a deployment, active or not, with what it runs */
+  @Get('deployments/:deployment_name')
+  @DeploymentName()
+  @ApiProblems('validation_failed', 'deployment_not_found')
+  get(
+    @Param('deployment_name') deploymentName: string,
+    @Query() { environment }: EnvironmentDto,
+  ): Promise<DeploymentDetailsDto> {
+    return this.deployments.get(deploymentName, environment);
+  }
+
+  /**
+   * Read how a deployment's executions went
+   *
+   * @remarks Only executions that have ended count, each at the time of its end. At most 1,500 steps of a time series can be asked for.
+   */
+  @Get('deployments/:deployment_name/statistics')
+  @DeploymentName()
+  @ApiProblems('validation_failed', 'deployment_not_found')
+  statistics(
+    @Param('deployment_name') deploymentName: string,
+    @Query() query: StatisticsQueryDto,
+  ): Promise<StatisticsDto> {
+    return this.statisticsService.statistics(deploymentName, query);
+  }
+}

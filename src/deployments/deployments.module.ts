@@ -1,0 +1,15 @@
+import { Module } from '@nestjs/common';
+import { WorkflowsModule } from '../workflows/workflows.module.js';
+import { DeploymentsController } from './deployments.controller.js';
+import { DeploymentsService } from './deployments.service.js';
+import { ExampleSeed } from './example.seed.js';
+import { StatisticsService } from './statistics.service.js';
+
+/** Workflows made executable, and how their executions went. */
+@Module({
+  imports: [WorkflowsModule],
+  controllers: [DeploymentsController],
+  providers: [DeploymentsService, StatisticsService, ExampleSeed],
+  exports: [DeploymentsService],
+})
+export class DeploymentsModule {}

@@ -1,0 +1,270 @@
+import { Injectable } from '@nestjs/common';
+import { Pool } from 'pg';
+import { DataSource } from 'typeorm';
+import type { EntityManager } from 'typeorm';
+import { v7 as uuidv7, validate as isUuid } from 'uuid';
+import type { RuntimeConfig } from '../database/entities/configuration.js';
+import type { DeploymentRevision } from '../database/entities/deployment-revision.entity.js';
+import type { Deployment } from '../database/entities/deployment.entity.js';
+import { Workflow } from '../database/entities/workflow.entity.js';
+import { present, quoted } from '../dto.js';
+import type { Graph } from '../engine/graph.js';
+import { AppError } from '../errors.js';
+import { WorkflowsService, notFound as workflowNotFound } from '../workflows/workflows.service.js';
+import { DEPLOYMENT_NAME, ENVIRONMENT } from './deployments.dto.js';
+import type {
+  DeploymentDetailsDto,
+  DeploymentDto,
+  DeploymentPageDto,
+  DeployWorkflowDto,
+  ListDeploymentsDto,
+} from './deployments.dto.js';
+
+/** What an execution of a deployment needs to begin. */
+export type ActiveDeployment = Pick<
+  Deployment,
+  'deployment_id' | 'deployment_name' | 'environment' | 'workflow_id' | 'revision_id'
+>;
+
+/** A revision that can run. It never changes and is shared. */
+export interface CompiledRevision {
+  revision_id: string;
+  runtime_config: RuntimeConfig;
+  graph: Graph;
+}
+
+/** Row of a deployment and the name of its workflow, null once that is deleted. */
+type DeploymentRow = Deployment & { workflow_name: string | null };
+type FoundDeployment = ActiveDeployment & Pick<Deployment, 'status' | 'stopped_at'>;
+type RevisionRow = Pick<DeploymentRevision, 'configuration' | 'runtime_config'>;
+
+const DEFAULT_ENVIRONMENT = 'production';
+/** Compiled graphs that are kept. */
+const MOST_REVISIONS = 500;
+
+const FIND_ACTIVE = {
+  name: 'deployment-find-active',
+  text: `
+    SELECT deployment_id, deployment_name, environment, workflow_id, revision_id, status, stopped_at
+      FROM deployment
+     WHERE deployment_name = $1 AND ($2::text IS NULL OR environment = $2)
+     ORDER BY status = 'active' DESC, environment = 'production' DESC, deployed_at DESC LIMIT 1`,
+};
+
+const FIND_REVISION = {
+  name: 'deployment-find-revision',
+  text: 'SELECT configuration, runtime_config FROM deployment_revision WHERE revision_id = $1',
+};
+
+/** A new name, or an inactive one that becomes active again and keeps its counters; nothing if it is active. */
+const ACTIVATE = `
+  INSERT INTO deployment (deployment_id, deployment_name, environment, workflow_id, revision_id, status, deployed_by, deployed_at)
+  VALUES ($1, $2, $3, $4, $5, 'active', $6, $7)
+      ON CONFLICT (deployment_name, environment) DO UPDATE SET
+         workflow_id = excluded.workflow_id, revision_id = excluded.revision_id, status = 'active',
+         deployed_by = excluded.deployed_by, deployed_at = excluded.deployed_at, stopped_at = NULL
+   WHERE deployment.status = 'inactive'
+  RETURNING *`;
+
+const INSERT_REVISION = `
+  INSERT INTO deployment_revision (revision_id, deployment_id, configuration, runtime_config, created_at)
+  VALUES ($1, $2, $3, $4, $5)`;
+
+/** Stopping again changes nothing. */
+const STOP = `
+  UPDATE deployment SET status = 'inactive', stopped_at = coalesce(stopped_at, $2) WHERE deployment_id = $1 RETURNING *`;
+
+const SELECT = `
+  SELECT deployment.*, workflow.name AS workflow_name FROM deployment LEFT JOIN workflow USING (workflow_id)`;
+
+const LIST = `${SELECT}
+   WHERE ($1::text IS NULL OR environment = $1) AND ($2::text IS NULL OR status = $2)
+     AND ($3::uuid IS NULL OR deployment_id < $3)
+   ORDER BY deployment_id DESC LIMIT $4`;
+
+const LIST_ACTIVE = `${SELECT} WHERE status = 'active' ORDER BY deployed_at DESC, deployment_id DESC`;
+
+/** $3: whether active ones come first. */
+const FIND = `${SELECT}
+   WHERE deployment_name = $1 AND ($2::text IS NULL OR environment = $2)
+   ORDER BY ($3 AND status = 'active') DESC, environment = 'production' DESC, deployed_at DESC LIMIT 1`;
+
+/**
+ * Makes workflows executable. A method that takes a name rejects with `deployment_not_found` where there is none; where
+ * several environments have the name and none is asked for, `production` comes first, then the newest.
+ */
+@Injectable()
+export class DeploymentsService {
+  /** By `revision_id`, the one that was used last at the end. */
+  private readonly revisions = new Map<string, Promise<CompiledRevision>>();
+
+  constructor(
+    private readonly pool: Pool,
+    private readonly dataSource: DataSource,
+    private readonly workflows: WorkflowsService,
+  ) {}
+
+  /**
+   * Deploys the workflow as it is now, in a transaction of its own or inside that of `manager`. Rejects with
+   * `workflow_not_found`, `workflow_inactive`, `workflow_invalid` (its models may have gone) or `deployment_exists`.
+   */
+  async deploy(
+    workflowId: string,
+    body: DeployWorkflowDto,
+    manager: EntityManager = this.dataSource.manager,
+  ): Promise<DeploymentDto> {
+    if (!isUuid(workflowId)) throw workflowNotFound(workflowId);
+    return manager.transaction(async (transaction) => {
+      // A deletion locks the same row, so no deployment is made of a workflow that goes at this moment.
+      const workflow = await transaction.findOne(Workflow, {
+        where: { workflow_id: workflowId },
+        lock: { mode: 'pessimistic_read' },
+      });
+      if (!workflow) throw workflowNotFound(workflowId);
+      if (!workflow.is_active) throw workflowInactive(workflow);
+      this.workflows.compile(workflow.configuration);
+      const deployment = await activate(workflow, body, transaction);
+      return present({ ...deployment, workflow_name: workflow.name });
+    });
+  }
+
+  async list({ environment, status, limit, cursor }: ListDeploymentsDto): Promise<DeploymentPageDto> {
+    const values = [environment, status, cursor, limit + 1];
+    const { rows } = await this.pool.query<DeploymentRow>(LIST, values);
+    const items = rows.slice(0, limit).map(present);
+    return { items, next_cursor: rows.length > limit ? items.at(-1)?.deployment_id : undefined };
+  }
+
+  async listActive(): Promise<DeploymentDto[]> {
+    const { rows } = await this.pool.query<DeploymentRow>(LIST_ACTIVE);
+    return rows.map(present);
+  }
+
+  async get(deploymentName: string, environment?: string): Promise<DeploymentDetailsDto> {
+    const deployment = await this.find(deploymentName, environment);
+    const { rows } = await this.pool.query<RevisionRow>({
+      ...FIND_REVISION,
+      values: [deployment.revision_id],
+    });
+    if (!rows[0]) throw new Error(`The revision ${deployment.revision_id} is missing.`);
+    return { ...present(deployment), ...rows[0] };
+  }
+
+  /** The row of a deployment, be it active or not; with `preferActive`, active ones come before `production`. */
+  async find(
+    deploymentName: string,
+    environment?: string,
+    { preferActive = false } = {},
+  ): Promise<DeploymentRow> {
+    if (!isPossible(deploymentName, environment)) throw notFound(deploymentName, environment);
+    const values = [deploymentName, environment, preferActive];
+    const { rows } = await this.pool.query<DeploymentRow>(FIND, values);
+    if (!rows[0]) throw notFound(deploymentName, environment);
+    return rows[0];
+  }
+
+  /** Takes no new executions from here on; running ones end. Without an environment, an active one is meant first. */
+  async stop(deploymentName: string, environment?: string): Promise<DeploymentDto> {
+    const found = await this.find(deploymentName, environment, { preferActive: true });
+    const { rows } = await this.pool.query<Deployment>(STOP, [found.deployment_id, new Date()]);
+    if (!rows[0]) throw notFound(deploymentName, environment);
+    return present({ ...rows[0], workflow_name: found.workflow_name });
+  }
+
+  /** Deletes the deployment with its counters. Its executions, and the revisions that they run, stay. */
+  async remove(deploymentName: string, environment?: string): Promise<void> {
+    const { deployment_id } = await this.find(deploymentName, environment);
+    const { rowCount } = await this.pool.query('DELETE FROM deployment WHERE deployment_id = $1', [
+      deployment_id,
+    ]);
+    if (rowCount === 0) throw notFound(deploymentName, environment);
+  }
+
+  /** Finds what a request to execute means. Rejects with `deployment_not_found` for an inactive deployment, too. */
+  async findActive(deploymentName: string, environment?: string): Promise<ActiveDeployment> {
+    if (!isPossible(deploymentName, environment)) throw notFound(deploymentName, environment);
+    const values = [deploymentName, environment];
+    const { rows } = await this.pool.query<FoundDeployment>({ ...FIND_ACTIVE, values });
+    if (!rows[0]) throw notFound(deploymentName, environment);
+    const { status, stopped_at, ...deployment } = rows[0];
+    if (status === 'active') return deployment;
+    throw new AppError(
+      'deployment_not_found',
+      `The deployment "${deployment.deployment_name}" (environment "${deployment.environment}") is not active: it was stopped at ${stopped_at?.toISOString()}. Deploy a workflow under this name again to use it.`,
+    );
+  }
+
+  /**
+   * The compiled graph of a revision and how to run it; those used last are kept in memory. Rejects with
+   * `workflow_invalid` if the graph does not fit this server any more, as when its provider was removed.
+   */
+  revision(revisionId: string): Promise<CompiledRevision> {
+    const kept = this.revisions.get(revisionId);
+    const revision = kept ?? this.loadRevision(revisionId);
+    this.revisions.delete(revisionId);
+    this.revisions.set(revisionId, revision);
+    if (kept) return kept;
+    // Whoever asked sees the failure; the next one tries again.
+    revision.catch(() => this.revisions.delete(revisionId));
+    const [oldest] = this.revisions.keys();
+    if (oldest !== undefined && this.revisions.size > MOST_REVISIONS) this.revisions.delete(oldest);
+    return revision;
+  }
+
+  private async loadRevision(revisionId: string): Promise<CompiledRevision> {
+    const { rows } = await this.pool.query<RevisionRow>({ ...FIND_REVISION, values: [revisionId] });
+    if (!rows[0]) throw new Error(`The revision ${revisionId} is missing.`);
+    const { configuration, runtime_config } = rows[0];
+    return { revision_id: revisionId, runtime_config, graph: this.workflows.compile(configuration) };
+  }
+}
+
+async function activate(
+  workflow: Workflow,
+  body: DeployWorkflowDto,
+  transaction: EntityManager,
+): Promise<Deployment> {
+  const { deployment_name, deployed_by } = body;
+  const environment = body.environment ?? DEFAULT_ENVIRONMENT;
+  const revision_id = uuidv7();
+  const now = new Date();
+  const [deployment] = await transaction.query<Deployment[]>(ACTIVATE, [
+    uuidv7(),
+    deployment_name,
+    environment,
+    workflow.workflow_id,
+    revision_id,
+    deployed_by,
+    now,
+  ]);
+  if (!deployment) {
+    throw new AppError(
+      'deployment_exists',
+      `There is an active deployment "${deployment_name}" in the environment "${environment}". Stop it first, or choose another name or environment.`,
+    );
+  }
+  const runtimeConfig = body.runtime_config ?? {};
+  const revision = [revision_id, deployment.deployment_id, workflow.configuration, runtimeConfig, now];
+  await transaction.query(INSERT_REVISION, revision);
+  return deployment;
+}
+
+/** Other names can't exist, and PostgreSQL refuses some of them as text. */
+function isPossible(deploymentName: string, environment?: string): boolean {
+  return DEPLOYMENT_NAME.test(deploymentName) && (environment === undefined || ENVIRONMENT.test(environment));
+}
+
+function notFound(deploymentName: string, environment?: string): AppError {
+  const where = environment === undefined ? '' : ` in the environment ${quoted(environment)}`;
+  return new AppError(
+    'deployment_not_found',
+    `There is no deployment ${quoted(deploymentName)}${where}. Deploy a workflow under this name first.`,
+  );
+}
+
+function workflowInactive({ workflow_id, name }: Workflow): AppError {
+  return new AppError(
+    'workflow_inactive',
+    `The workflow ${quoted(name)} is not active. Set its is_active to true first (PUT /api/workflows/${workflow_id}).`,
+  );
+}

@@ -1,0 +1,78 @@
+import { Transform } from 'class-transformer';
+import { ValidateBy, isISO8601 } from 'class-validator';
+import type { ValidationOptions } from 'class-validator';
+
+const LONE_SURROGATE = /\p{Surrogate}/u;
+const MOMENT = /^\d{4}-\d\d-\d\d(T\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d:\d\d))?$/;
+
+/** Refuses what a PostgreSQL `text` column can't keep: it rejects U+0000, and a lone surrogate would be changed on the way. */
+export function IsStorableText(options?: ValidationOptions): PropertyDecorator {
+  return ValidateBy(
+    {
+      name: 'isStorableText',
+      validator: {
+        validate: (value) =>
+          typeof value !== 'string' || !(value.includes('\0') || LONE_SURROGATE.test(value)),
+        defaultMessage: () => '$property must not contain U+0000 or lone surrogates',
+      },
+    },
+    options,
+  );
+}
+
+/**
+ * Takes a date, or a moment that says its offset from UTC (ISO 8601; RFC 3339 for the moment): one without would be
+ * another moment on each server.
+ */
+export function IsMoment(options?: ValidationOptions): PropertyDecorator {
+  return ValidateBy(
+    {
+      name: 'isMoment',
+      validator: {
+        validate: (value) =>
+          typeof value === 'string' && MOMENT.test(value) && isISO8601(value, { strict: true }),
+        defaultMessage: () =>
+          '$property must be a date or a moment in ISO 8601, such as 2026-01-31 or 2026-01-31T12:00:00Z (in an address, + is written %2B)',
+      },
+    },
+    options,
+  );
+}
+
+/** Takes free-form JSON over as it came: class-transformer's own copy leaves out keys such as `toString`. */
+export function AsGiven(): PropertyDecorator {
+  return Transform(({ obj, key }: { obj: Record<string, unknown>; key: string }) => obj[key], {
+    toClassOnly: true,
+  });
+}
+
+/** A whole number of a query string; anything else stays text, for `@IsInt()` to refuse. `Number` alone would take `''` for 0. */
+export function QueryInteger(): PropertyDecorator {
+  return Transform(({ value }: { value: unknown }) =>
+    typeof value === 'string' && /^-?\d{1,15}$/.test(value) ? Number(value) : value,
+  );
+}
+
+/** `true` or `false` of a query string; anything else stays text, for `@IsBoolean()` to refuse. */
+export function QueryBoolean(): PropertyDecorator {
+  return Transform(({ value }: { value: unknown }) =>
+    value === 'true' ? true : value === 'false' ? false : value,
+  );
+}
+
+type NullableKey<Row> = { [Key in keyof Row]: null extends Row[Key] ? Key : never }[keyof Row];
+
+/** A row of the database on the wire: what is null in the one is left out of the other. */
+export type Present<Row> = Omit<Row, NullableKey<Row>> & {
+  [Key in NullableKey<Row>]?: Exclude<Row[Key], null>;
+};
+
+/** Leaves out the properties that are null. */
+export function present<Row extends object>(row: Row): Present<Row> {
+  return Object.fromEntries(Object.entries(row).filter(([, value]) => value !== null)) as Present<Row>;
+}
+
+/** Client-given text inside a sentence: quoted, and cut after 100 characters. */
+export function quoted(text: string): string {
+  return JSON.stringify(text.length > 100 ? `${text.slice(0, 100)}…` : text);
+}
