@@ -12,9 +12,13 @@ import { CONNECT_TIMEOUT_MS, createDataSource, migrate } from './data-source.js'
   imports: [
     TypeOrmModule.forRootAsync({
       inject: [CONFIG],
-      useFactory: (config: ServerConfig) => ({ ...createDataSource({ url: config.DATABASE_URL }).options, retryAttempts: 1 }),
+      useFactory: (config: ServerConfig) => ({
+        ...createDataSource({ url: config.DATABASE_URL }).options,
+        retryAttempts: 1,
+      }),
       dataSourceFactory: async (options) => {
-        if (options?.type !== 'postgres' || !options.url) throw new Error('The data source must be PostgreSQL.');
+        if (options?.type !== 'postgres' || !options.url)
+          throw new Error('The data source must be PostgreSQL.');
         const dataSource = await createDataSource({ url: options.url }).initialize();
         await migrate(dataSource, options.url);
         return dataSource;

@@ -2,8 +2,6 @@ import { Client } from 'pg';
 import { CONNECT_TIMEOUT_MS } from './data-source.js';
 import type { QueryConfig, QueryResult, QueryResultRow } from 'pg';
 
-
-
 export interface SessionOptions {
   connectionString: string;
   /** Statements that every new connection begins with. */

@@ -5,9 +5,19 @@ const LONGEST_DELAY_MS = 1000;
 
 /** SQLSTATE classes and codes of a server that is away, starting, stopping or out of resources (PostgreSQL, appendix A). */
 const UNAVAILABLE_SQLSTATE = /^(08|53|58|57P0[1-5]|40001|40P01)/;
-const UNAVAILABLE_NETWORK = new Set(['ECONNREFUSED', 'ECONNRESET', 'EPIPE', 'ETIMEDOUT', 'ENOENT', 'EHOSTUNREACH', 'ENOTFOUND', 'EAI_AGAIN']);
+const UNAVAILABLE_NETWORK = new Set([
+  'ECONNREFUSED',
+  'ECONNRESET',
+  'EPIPE',
+  'ETIMEDOUT',
+  'ENOENT',
+  'EHOSTUNREACH',
+  'ENOTFOUND',
+  'EAI_AGAIN',
+]);
 /** What `pg` says without a code. */
-const UNAVAILABLE_MESSAGE = /^(Connection terminated|timeout exceeded when trying to connect|Client has encountered a connection error|Query read timeout)/;
+const UNAVAILABLE_MESSAGE =
+  /^(Connection terminated|timeout exceeded when trying to connect|Client has encountered a connection error|Query read timeout)/;
 
 /** True if the database could not be reached or was not able to work, so that the same statement may succeed later. */
 export function isUnavailable(error: unknown): boolean {

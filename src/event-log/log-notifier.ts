@@ -44,7 +44,8 @@ export class LogNotifier {
         client.on('notification', (notification) => this.receive(notification));
         this.subscriptions.invalidateAll();
       },
-      onLost: (error) => this.logger.warn(`The connection that listens for chunks was lost: ${error.message}`),
+      onLost: (error) =>
+        this.logger.warn(`The connection that listens for chunks was lost: ${error.message}`),
     });
   }
 

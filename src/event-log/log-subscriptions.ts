@@ -71,7 +71,8 @@ export class LogSubscription {
         resolve(heard);
       };
       const onAbort = () => settle(true);
-      const timer = options.idleMs === undefined ? undefined : setTimeout(() => settle(false), options.idleMs);
+      const timer =
+        options.idleMs === undefined ? undefined : setTimeout(() => settle(false), options.idleMs);
       options.signal.addEventListener('abort', onAbort);
       this.wake = () => settle(true);
     });
@@ -110,7 +111,8 @@ export class LogSubscriptions {
   }
 
   invalidateAll(): void {
-    for (const subscriptions of this.byExecution.values()) subscriptions.forEach((subscription) => subscription.invalidate());
+    for (const subscriptions of this.byExecution.values())
+      subscriptions.forEach((subscription) => subscription.invalidate());
   }
 
   executionIds(): string[] {
@@ -127,11 +129,21 @@ export function trim(batch: LogBatch, cursor: number): LogBatch {
 /** Two consecutive batches as one. */
 export function join(head: LogBatch | undefined, tail: LogBatch): LogBatch {
   if (!head) return tail;
-  return { first: head.first, last: tail.last, chunks: head.chunks.concat(tail.chunks), terminal: tail.terminal };
+  return {
+    first: head.first,
+    last: tail.last,
+    chunks: head.chunks.concat(tail.chunks),
+    terminal: tail.terminal,
+  };
 }
 
 /** The batch of a stored row. */
 export function batchOf(row: { first_sequence: number; last_sequence: number; chunks: string }): LogBatch {
   const chunks = row.chunks.split('\n');
-  return { first: row.first_sequence, last: row.last_sequence, chunks, terminal: isTerminalChunk(chunks[chunks.length - 1]) };
+  return {
+    first: row.first_sequence,
+    last: row.last_sequence,
+    chunks,
+    terminal: isTerminalChunk(chunks[chunks.length - 1]),
+  };
 }

@@ -20,7 +20,10 @@ export interface PendingRow {
 export interface LogWriterHost {
   /** The writer has chunks to flush. */
   schedule(writer: ExecutionLogWriter): void;
-  end(writer: ExecutionLogWriter, end: ExecutionEnd & { sequence: number; chunk: string; finished_at: Date }): Promise<boolean>;
+  end(
+    writer: ExecutionLogWriter,
+    end: ExecutionEnd & { sequence: number; chunk: string; finished_at: Date },
+  ): Promise<boolean>;
 }
 
 /** Numbers the chunks of one execution and collects them until the next flush. */
@@ -116,7 +119,9 @@ export class ExecutionLogWriter implements LogWriter {
   /** A newer attempt owns the execution: nothing of this writer goes into the log any more. */
   shutOut(): void {
     const { execution_id, attempt } = this.owner;
-    this.fence.abort(new FencedError(`Attempt ${attempt} of execution ${execution_id} is no longer its owner.`));
+    this.fence.abort(
+      new FencedError(`Attempt ${attempt} of execution ${execution_id} is no longer its owner.`),
+    );
     this.chunks = [];
     this.characters = 0;
     this.settle();

@@ -95,7 +95,9 @@ export class PostgresEventLog extends EventLog implements OnModuleInit, OnApplic
 
   schedule(writer: ExecutionLogWriter): void {
     this.dirty.add(writer);
-    const wait = writer.urgent ? 0 : writer.lastFlush + this.config.STREAM_FLUSH_INTERVAL_MS - performance.now();
+    const wait = writer.urgent
+      ? 0
+      : writer.lastFlush + this.config.STREAM_FLUSH_INTERVAL_MS - performance.now();
     this.flushes.request(wait);
   }
 
@@ -104,11 +106,16 @@ export class PostgresEventLog extends EventLog implements OnModuleInit, OnApplic
   }
 
   /** The next chunks after `cursor` from the table; `more`: the read was cut, there may be further rows. */
-  private async readStored(executionId: string, cursor: number): Promise<{ batch?: LogBatch; more: boolean }> {
-    const { rows } = await this.pool.query<{ first_sequence: number; last_sequence: number; chunks: string }>({
-      ...READ,
-      values: [executionId, cursor, READ_ROWS, READ_BYTES],
-    });
+  private async readStored(
+    executionId: string,
+    cursor: number,
+  ): Promise<{ batch?: LogBatch; more: boolean }> {
+    const { rows } = await this.pool.query<{ first_sequence: number; last_sequence: number; chunks: string }>(
+      {
+        ...READ,
+        values: [executionId, cursor, READ_ROWS, READ_BYTES],
+      },
+    );
     let batch: LogBatch | undefined;
     let bytes = 0;
     for (const row of rows) {
@@ -137,7 +144,9 @@ export class PostgresEventLog extends EventLog implements OnModuleInit, OnApplic
       rows.map(({ text }) => text).join(ROW_SEPARATOR),
     ];
     try {
-      const written = await this.retried(() => this.session.query<{ execution_id: string }>({ ...FLUSH, values }));
+      const written = await this.retried(() =>
+        this.session.query<{ execution_id: string }>({ ...FLUSH, values }),
+      );
       stopTimer();
       this.settle(rows, new Set(written.rows.map((row) => row.execution_id)));
     } catch (error) {
@@ -163,7 +172,9 @@ export class PostgresEventLog extends EventLog implements OnModuleInit, OnApplic
       writer.committed(row);
     }
     this.metrics.logChunks.inc(chunks);
-    this.notifier.announce(rows.map(({ writer, batch }) => ({ executionId: writer.owner.execution_id, last: batch.last })));
+    this.notifier.announce(
+      rows.map(({ writer, batch }) => ({ executionId: writer.owner.execution_id, last: batch.last })),
+    );
   }
 
   private async commitEnds(items: WriterEnd[]): Promise<boolean[]> {

@@ -66,7 +66,8 @@ export class BullQueue extends ExecutionQueue {
     );
     this.worker.on('error', (error) => this.logger.warn(error));
     this.worker.on('lockRenewalFailed', (executionIds) => {
-      for (const executionId of executionIds) this.worker?.cancelJob(executionId, 'The lock of this execution was lost.');
+      for (const executionId of executionIds)
+        this.worker?.cancelJob(executionId, 'The lock of this execution was lost.');
     });
   }
 
@@ -90,7 +91,9 @@ export class BullQueue extends ExecutionQueue {
     const { token, signal, handler } = options;
     if (!job.id || !signal) throw new Error('BullMQ handed over a job without an id or a signal.');
     const letGo = new AbortController();
-    signal.addEventListener('abort', () => letGo.abort(new LockLostError(String(signal.reason))), { once: true });
+    signal.addEventListener('abort', () => letGo.abort(new LockLostError(String(signal.reason))), {
+      once: true,
+    });
     try {
       await handler(job.id, letGo.signal);
     } catch (error) {

@@ -1,0 +1,59 @@
+import { ValidationPipe } from '@nestjs/common';
+import { NestFactory } from '@nestjs/core';
+import type { NestExpressApplication } from '@nestjs/platform-express';
+import helmet from 'helmet';
+import { AppModule } from './app.module.js';
+import type { ServerConfig } from './config.js';
+import { jsonBody } from './json-body.js';
+import { JsonLogger, requestLog } from './json-logger.js';
+import { serveOpenApi } from './openapi.js';
+import { ProblemFilter, validationError } from './problem.filter.js';
+
+/** Builds the server, connected to its database and ready to `listen`; `close` drains it. */
+export async function createApp(config: ServerConfig): Promise<NestExpressApplication> {
+  const logger = new JsonLogger(config.LOG_LEVEL);
+  const app = await NestFactory.create<NestExpressApplication>(AppModule.forRoot(config), {
+    logger,
+    bodyParser: false,
+    // A client that does not read its stream must not hold the shutdown up.
+    forceCloseConnections: true,
+    abortOnError: false,
+  });
+  app.disable('x-powered-by');
+  app.use(requestLog(logger.pino));
+  app.use(
+    helmet({
+      // Most installations are reached by plain http on a private address, where an upgrade would lead nowhere.
+      contentSecurityPolicy: { directives: { upgradeInsecureRequests: null } },
+      strictTransportSecurity: false,
+      crossOriginResourcePolicy: { policy: 'cross-origin' },
+    }),
+  );
+  app.enableCors({
+    origin: config.CORS_ORIGINS.includes('*') ? '*' : config.CORS_ORIGINS,
+    methods: ['GET', 'POST', 'PUT', 'DELETE'],
+    allowedHeaders: [
+      'Content-Type',
+      'Accept',
+      'Cache-Control',
+      'Last-Event-ID',
+      'Idempotency-Key',
+      'X-Request-Id',
+    ],
+    exposedHeaders: ['Location', 'Content-Location', 'X-Request-Id', 'Retry-After'],
+    maxAge: 600,
+  });
+  app.use(...jsonBody(config));
+  app.useGlobalPipes(
+    new ValidationPipe({
+      transform: true,
+      whitelist: true,
+      forbidNonWhitelisted: true,
+      exceptionFactory: validationError,
+    }),
+  );
+  app.useGlobalFilters(new ProblemFilter());
+  serveOpenApi(app);
+  await app.init();
+  return app;
+}

@@ -1,0 +1,275 @@
+import { Logger } from '@nestjs/common';
+import { v7 as uuidv7 } from 'uuid';
+import type { Execution } from '../database/entities/execution.entity.js';
+import type { Step } from '../database/entities/step.entity.js';
+import type { CompiledRevision } from '../deployments/deployments.service.js';
+import { parseOverrides } from '../engine/definition.js';
+import type { RunObserver, RunOutcome, StepResult } from '../engine/runner.js';
+import { runGraph } from '../engine/runner.js';
+import { AppError, ERROR_CODES, toAppError } from '../errors.js';
+import type { ErrorCode } from '../errors.js';
+import type { StepProgress } from '../event-log/chunk.js';
+import { FencedError } from '../event-log/event-log.js';
+import type { EventLog, ExecutionEnd, LogWriter } from '../event-log/event-log.js';
+import type { Metrics } from '../metrics.js';
+import type { ModelRegistry } from '../models/model-registry.js';
+import { LockLostError } from '../queue/execution-queue.js';
+import { CancelledError } from './running-executions.js';
+import type { StepStore } from './step-store.js';
+
+/** An execution whose workers died this often is given up, since it may be what kills them. */
+const MOST_ATTEMPTS = 5;
+
+export interface ExecutionRunOptions {
+  /** The row as claimed: its `attempt` is this run's. */
+  execution: Execution;
+  revision: CompiledRevision;
+  /** Highest sequence in its log. */
+  lastSequence: number;
+  /** Steps of earlier attempts: the finished ones are not run again. */
+  leftSteps: Step[];
+  log: EventLog;
+  models: ModelRegistry;
+  steps: StepStore;
+  metrics: Metrics;
+  /** Seconds, where the deployment has no limit of its own. */
+  defaultTimeoutS: number;
+}
+
+/** One attempt at one execution: runs its graph, writes what happens into its log and its steps, and ends it. */
+export class ExecutionRun implements RunObserver {
+  private readonly logger = new Logger(ExecutionRun.name);
+  private readonly writer: LogWriter;
+  private readonly stepRows = new Map<string, Step>();
+  private readonly saving = new Set<Promise<void>>();
+  private readonly wantsProgress: boolean;
+  private failedSave: { error: unknown } | undefined;
+
+  constructor(private readonly options: ExecutionRunOptions) {
+    const { execution, log, lastSequence, leftSteps } = options;
+    this.writer = log.open({ ...execution, last_sequence: lastSequence });
+    this.wantsProgress = execution.input.include.includes('progress');
+    for (const step of leftSteps) this.stepRows.set(step.agent_id, step);
+  }
+
+  /**
+   * Resolves once the end is committed. Rejects with {@link FencedError} if another attempt took over, and with the
+   * reason of `letGo` if it was asked to let go; the execution is unfinished then.
+   */
+  async run({ letGo, cancelled }: { letGo: AbortSignal; cancelled: AbortSignal }): Promise<void> {
+    const stop = new AbortController();
+    const signals = [letGo, cancelled, this.writer.fenced];
+    const onAbort = () => stop.abort(signals.find((signal) => signal.aborted)?.reason);
+    signals.forEach((signal) => signal.addEventListener('abort', onAbort));
+    if (signals.some((signal) => signal.aborted)) onAbort();
+    const timeout = this.startTimeout(stop);
+    try {
+      this.writeRestarts();
+      const outcome = await this.runGraph(stop.signal);
+      const reason: unknown = stop.signal.reason;
+      if (reason instanceof FencedError || reason instanceof LockLostError) throw reason;
+      await this.finish(outcome, reason);
+    } finally {
+      clearTimeout(timeout);
+      signals.forEach((signal) => signal.removeEventListener('abort', onAbort));
+    }
+  }
+
+  stepStarted(agentId: string): void {
+    const step: Step = {
+      step_id: this.stepRows.get(agentId)?.step_id ?? uuidv7(),
+      execution_id: this.options.execution.execution_id,
+      agent_id: agentId,
+      status: 'running',
+      attempt: this.options.execution.attempt,
+      output: null,
+      error: null,
+      code: null,
+      input_tokens: 0,
+      output_tokens: 0,
+      started_at: new Date(),
+      finished_at: null,
+    };
+    this.stepRows.set(agentId, step);
+    void this.save(step); // a failure is met before the end, in allSaved
+    this.reportProgress(step);
+  }
+
+  content(agentId: string, text: string): Promise<void> | undefined {
+    if (this.options.revision.graph.answers(agentId)) {
+      this.writer.append({ type: 'content', data: text, agent_id: agentId });
+    } else if (this.wantsProgress) {
+      this.writer.append({ type: 'progress', data: text, agent_id: agentId });
+    }
+    return this.writer.drain();
+  }
+
+  /** Resolves when the step is a checkpoint; nothing waits for an answering agent's but the execution's end. */
+  async stepFinished(result: StepResult): Promise<void> {
+    const begun = this.stepRows.get(result.agent_id);
+    const now = new Date();
+    const step: Step = {
+      step_id: begun?.step_id ?? uuidv7(),
+      execution_id: this.options.execution.execution_id,
+      agent_id: result.agent_id,
+      status: result.status,
+      attempt: this.options.execution.attempt,
+      output: result.status === 'skipped' ? null : result.output,
+      error: result.error?.message ?? null,
+      code: result.error?.code ?? null,
+      input_tokens: result.usage.input_tokens,
+      output_tokens: result.usage.output_tokens,
+      started_at: begun?.started_at ?? now,
+      finished_at: now,
+    };
+    this.stepRows.set(result.agent_id, step);
+    this.reportProgress(step);
+    // What an agent said must be in the log before its step counts as done: a crash in between would lose it for good.
+    const saved = this.save(step, this.writer.flush());
+    if (!this.options.revision.graph.answers(result.agent_id)) await saved;
+  }
+
+  /** An expected failure is a line; what the upstream said to it may hold contents or keys, so that is for debugging only. */
+  defect(error: unknown, agentId?: string): void {
+    const fields = { execution_id: this.options.execution.execution_id, agent_id: agentId };
+    if (!(error instanceof AppError)) return this.logger.error({ ...fields, err: error });
+    this.logger.warn({ ...fields, code: error.code }, error.message);
+    if (error.cause) this.logger.debug({ ...fields, err: error.cause });
+  }
+
+  private async runGraph(signal: AbortSignal): Promise<RunOutcome> {
+    const { execution, revision, models } = this.options;
+    if (execution.attempt > MOST_ATTEMPTS) {
+      const message = `Its workers died ${MOST_ATTEMPTS} times.`;
+      return { status: 'error', response: '', error: { code: 'worker_lost', message }, usage: NO_USAGE };
+    }
+    const { graph, runtime_config } = revision;
+    const { query, chat_history, runtime_overrides } = execution.input;
+    try {
+      const overrides = parseOverrides(runtime_overrides, { agents: graph.agents, models });
+      const { max_retries, variables } = runtime_config;
+      return await runGraph({
+        graph,
+        input: { query, chat_history, overrides, variables, max_retries },
+        models,
+        observer: this,
+        completed: this.findCheckpoints(),
+        signal,
+      });
+    } catch (error) {
+      if (error instanceof FencedError) throw error;
+      this.defect(error);
+      const failure = toAppError(error);
+      return {
+        status: 'error',
+        response: '',
+        error: { code: failure.code, message: failure.message },
+        usage: NO_USAGE,
+      };
+    }
+  }
+
+  /** Says which steps run again, so that clients drop what those agents said before. */
+  private writeRestarts(): void {
+    for (const step of this.options.leftSteps) {
+      if (step.status !== 'running' && step.status !== 'cancelled') continue;
+      if (!this.options.revision.graph.answers(step.agent_id) && !this.wantsProgress) continue;
+      // An agent speaks in one step only, so all that it said after `started` belongs to the interrupted one.
+      this.writer.append({ type: 'status', status: 'restarted', agent_id: step.agent_id, discard_after: 1 });
+    }
+  }
+
+  private findCheckpoints(): Map<string, StepResult> {
+    const checkpoints = new Map<string, StepResult>();
+    for (const step of this.options.leftSteps) {
+      if (step.status === 'running' || step.status === 'cancelled') continue;
+      checkpoints.set(step.agent_id, {
+        agent_id: step.agent_id,
+        status: step.status,
+        output: step.output ?? '',
+        error: step.code ? { code: toErrorCode(step.code), message: step.error ?? '' } : undefined,
+        usage: { input_tokens: step.input_tokens, output_tokens: step.output_tokens },
+      });
+    }
+    return checkpoints;
+  }
+
+  private startTimeout(stop: AbortController): NodeJS.Timeout {
+    const { execution, revision, defaultTimeoutS } = this.options;
+    const asked = execution.input.runtime_overrides.timeout;
+    const seconds = typeof asked === 'number' ? asked : (revision.runtime_config.timeout ?? defaultTimeoutS);
+    const spent = Date.now() - (execution.started_at ?? new Date()).getTime();
+    const reason = new AppError('timeout', `The execution took longer than its limit of ${seconds} s.`);
+    return setTimeout(() => stop.abort(reason), Math.max(0, seconds * 1000 - spent));
+  }
+
+  private async finish(outcome: RunOutcome, reason: unknown): Promise<void> {
+    await this.allSaved();
+    const end: ExecutionEnd = {
+      ...endOf(outcome, reason),
+      response: outcome.response,
+      ...outcome.usage,
+      first_chunk_at: this.writer.firstContentAt,
+    };
+    await this.writer.finish(end);
+    const { metrics, execution } = this.options;
+    const state = end.status;
+    metrics.executions.inc({ state });
+    metrics.executionDuration.observe({ state }, (Date.now() - execution.created_at.getTime()) / 1000);
+    if (end.first_chunk_at) {
+      metrics.timeToFirstChunk.observe(
+        (end.first_chunk_at.getTime() - execution.created_at.getTime()) / 1000,
+      );
+    }
+  }
+
+  private save(step: Step, after: Promise<void> = Promise.resolve()): Promise<void> {
+    const saved = after.then(() => this.options.steps.save(step));
+    this.saving.add(saved);
+    saved.then(
+      () => this.saving.delete(saved),
+      (error: unknown) => (this.failedSave ??= { error }),
+    );
+    return saved;
+  }
+
+  private async allSaved(): Promise<void> {
+    await Promise.all(this.saving);
+    if (this.failedSave) throw this.failedSave.error;
+  }
+
+  private reportProgress(step: Step): void {
+    if (!this.wantsProgress) return;
+    const total = this.options.revision.graph.total_steps;
+    const completed = [...this.stepRows.values()].filter(({ status }) => status !== 'running').length;
+    const data: StepProgress = {
+      step_id: step.step_id,
+      agent_id: step.agent_id,
+      status: step.status,
+      completed_steps: completed,
+      total_steps: total,
+      progress: completed / total,
+    };
+    this.writer.append({ type: 'progress', data, agent_id: step.agent_id });
+  }
+}
+
+const NO_USAGE = { input_tokens: 0, output_tokens: 0 };
+
+function endOf(outcome: RunOutcome, reason: unknown): Pick<ExecutionEnd, 'status' | 'error' | 'code'> {
+  switch (outcome.status) {
+    case 'completed':
+      return { status: 'completed' };
+    case 'error':
+      return { status: 'error', code: outcome.error?.code, error: outcome.error?.message };
+    case 'aborted': {
+      if (reason instanceof CancelledError) return { status: 'cancelled' };
+      const failure = toAppError(reason);
+      return { status: 'error', code: failure.code, error: failure.message };
+    }
+  }
+}
+
+function toErrorCode(code: string): ErrorCode {
+  return code in ERROR_CODES ? (code as ErrorCode) : 'internal_error';
+}

@@ -1,0 +1,35 @@
+import { Module } from '@nestjs/common';
+import { TypeOrmModule } from '@nestjs/typeorm';
+import { Execution } from '../database/entities/execution.entity.js';
+import { Step } from '../database/entities/step.entity.js';
+import { DeploymentsModule } from '../deployments/deployments.module.js';
+import { EventLogModule } from '../event-log/event-log.module.js';
+import { ModelsModule } from '../models/models.module.js';
+import { QueueModule } from '../queue/queue.module.js';
+import { ExecutionStreams } from './execution.stream.js';
+import { ExecuteController, ExecutionsController } from './executions.controller.js';
+import { ExecutionsReader } from './executions.reader.js';
+import { ExecutionsService } from './executions.service.js';
+import { ExecutionsWorker } from './executions.worker.js';
+import { RunningExecutions } from './running-executions.js';
+import { StepStore } from './step-store.js';
+
+@Module({
+  imports: [
+    TypeOrmModule.forFeature([Execution, Step]),
+    DeploymentsModule,
+    EventLogModule,
+    ModelsModule,
+    QueueModule,
+  ],
+  controllers: [ExecuteController, ExecutionsController],
+  providers: [
+    ExecutionStreams,
+    ExecutionsReader,
+    ExecutionsService,
+    ExecutionsWorker,
+    RunningExecutions,
+    StepStore,
+  ],
+})
+export class ExecutionsModule {}

@@ -1,0 +1,147 @@
+import { Injectable } from '@nestjs/common';
+import { InjectRepository } from '@nestjs/typeorm';
+import { Pool } from 'pg';
+import { Repository } from 'typeorm';
+import { validate as isUuid } from 'uuid';
+import { Execution } from '../database/entities/execution.entity.js';
+import { Step } from '../database/entities/step.entity.js';
+import { DeploymentsService } from '../deployments/deployments.service.js';
+import { AppError } from '../errors.js';
+import { ExecutionDto, StepDto } from './executions.dto.js';
+import type { ExecutionPageDto, ListExecutionsDto, ProgressDto, StepListDto } from './executions.dto.js';
+
+/** How far an execution's log goes: `last_sequence` once it has ended, `stored_sequence` as far as its rows are kept. */
+const POSITION = {
+  name: 'execution-position',
+  text: `
+    SELECT status, last_sequence,
+           (SELECT last_sequence FROM execution_chunk WHERE execution_id = $1
+             ORDER BY first_sequence DESC LIMIT 1) AS stored_sequence
+      FROM execution WHERE execution_id = $1`,
+};
+
+interface Position {
+  status: Execution['status'];
+  last_sequence: number | null;
+  stored_sequence: number | null;
+}
+
+/** Where a stream goes on, and whether anything is left to send. */
+export interface StreamStart {
+  after: number;
+  ended: boolean;
+}
+
+/** Answers questions about executions. */
+@Injectable()
+export class ExecutionsReader {
+  constructor(
+    private readonly pool: Pool,
+    @InjectRepository(Execution) private readonly executions: Repository<Execution>,
+    @InjectRepository(Step) private readonly allSteps: Repository<Step>,
+    private readonly deployments: DeploymentsService,
+  ) {}
+
+  /** Rejects with `execution_not_found`. */
+  async find(executionId: string): Promise<Execution> {
+    const execution = isUuid(executionId)
+      ? await this.executions.findOneBy({ execution_id: executionId })
+      : null;
+    return execution ?? notFound();
+  }
+
+  async get(executionId: string): Promise<ExecutionDto> {
+    return ExecutionDto.from(await this.find(executionId));
+  }
+
+  /** Newest first; ids ascend with time, so the last id of a page is where the next one begins. */
+  async list(filter: ListExecutionsDto): Promise<ExecutionPageDto> {
+    const { limit, cursor, from, to, ...equal } = filter;
+    const query = this.executions.createQueryBuilder('execution').where(equal);
+    if (from) query.andWhere('execution.created_at >= :from', { from });
+    if (to) query.andWhere('execution.created_at < :to', { to });
+    if (cursor) query.andWhere('execution.execution_id < :cursor', { cursor });
+    const rows = await query
+      .orderBy('execution.execution_id', 'DESC')
+      .limit(limit + 1)
+      .getMany();
+    const items = rows.slice(0, limit).map((row) => ExecutionDto.from(row));
+    return { items, next_cursor: rows.length > limit ? items.at(-1)?.execution_id : undefined };
+  }
+
+  async steps(executionId: string): Promise<StepListDto> {
+    await this.find(executionId);
+    return { items: (await this.findSteps(executionId)).map((step) => StepDto.from(step)) };
+  }
+
+  async progress(executionId: string): Promise<ProgressDto> {
+    const { status, revision_id } = await this.find(executionId);
+    const [{ graph }, steps] = await Promise.all([
+      this.deployments.revision(revision_id),
+      this.findSteps(executionId),
+    ]);
+    const running = steps.filter((step) => step.status === 'running');
+    const completed = steps.length - running.length;
+    const total = graph.total_steps;
+    return {
+      execution_id: executionId,
+      status,
+      completed_steps: completed,
+      total_steps: total,
+      progress: completed / total,
+      running_agents: running.map((step) => step.agent_id),
+    };
+  }
+
+  /**
+   * Checks where a client wants to go on: `lastEventId` is the `<execution_id>:<sequence>` of an event, and wins over
+   * `after`, since a browser repeats the URL unchanged. Rejects with `execution_not_found`, `invalid_cursor` (not such an
+   * id, of another execution, or past the end) or `log_expired`.
+   */
+  async streamStart(
+    executionId: string,
+    { lastEventId, after = 0 }: { lastEventId?: string; after?: number },
+  ): Promise<StreamStart> {
+    if (!isUuid(executionId)) notFound();
+    const { rows } = await this.pool.query<Position>({ ...POSITION, values: [executionId] });
+    const position = rows[0] ?? notFound();
+    const cursor = lastEventId ? parseEventId(lastEventId, executionId) : after;
+    const end = position.last_sequence ?? position.stored_sequence ?? 0;
+    if (cursor > end) {
+      throw new AppError(
+        'invalid_cursor',
+        `The stream has ${end} chunks so far, so it can't go on after ${cursor}.`,
+      );
+    }
+    const ended = position.last_sequence !== null && cursor === position.last_sequence;
+    if (!ended && position.last_sequence !== null && position.stored_sequence === null) {
+      throw new AppError('log_expired', `The result can still be read at /api/executions/${executionId}.`);
+    }
+    return { after: cursor, ended };
+  }
+
+  private findSteps(executionId: string): Promise<Step[]> {
+    return this.allSteps.find({
+      where: { execution_id: executionId },
+      order: { started_at: { direction: 'ASC', nulls: 'LAST' }, step_id: 'ASC' },
+    });
+  }
+}
+
+function parseEventId(eventId: string, executionId: string): number {
+  const [, id, sequence] = /^([0-9a-f-]{36}):(\d{1,10})$/i.exec(eventId) ?? [];
+  if (!id || !sequence) {
+    throw new AppError(
+      'invalid_cursor',
+      'Last-Event-ID must be the id of an event: <execution_id>:<sequence>.',
+    );
+  }
+  if (id.toLowerCase() !== executionId.toLowerCase()) {
+    throw new AppError('invalid_cursor', 'Last-Event-ID belongs to another execution.');
+  }
+  return Number(sequence);
+}
+
+function notFound(): never {
+  throw new AppError('execution_not_found', 'There is no execution with this id.');
+}

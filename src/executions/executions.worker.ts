@@ -1,0 +1,163 @@
+import { setTimeout as sleep } from 'node:timers/promises';
+import { Inject, Injectable, Logger } from '@nestjs/common';
+import type { OnApplicationBootstrap, OnModuleDestroy } from '@nestjs/common';
+import { Pool } from 'pg';
+import { CONFIG } from '../config.js';
+import type { ServerConfig } from '../config.js';
+import type { Execution } from '../database/entities/execution.entity.js';
+import type { Step } from '../database/entities/step.entity.js';
+import { DeploymentsService } from '../deployments/deployments.service.js';
+import { EventLog, FencedError } from '../event-log/event-log.js';
+import { Metrics } from '../metrics.js';
+import { ModelRegistry } from '../models/model-registry.js';
+import { ExecutionQueue } from '../queue/execution-queue.js';
+import { ExecutionRun } from './execution-run.js';
+import { RunningExecutions } from './running-executions.js';
+import { StepStore } from './step-store.js';
+
+/** A job can be faster than the commit of its execution. After this long there is no such execution. */
+const ROW_WAIT_MS = 10_000;
+const ROW_POLL_MS = 10;
+/** How often accepted executions that are not in the queue are put there, and how old they must be to count as lost. */
+const SWEEP_MS = 10_000;
+const SWEEP_ROWS = 500;
+
+/** Takes the execution: from here on `attempt` is its fencing token, and an older attempt can write nothing. */
+const CLAIM = {
+  name: 'execution-claim',
+  text: `
+    UPDATE execution SET status = 'running', attempt = attempt + 1, started_at = coalesce(started_at, now())
+     WHERE execution_id = $1 AND status IN ('queued', 'running') RETURNING *`,
+};
+
+const HAS_ENDED = {
+  name: 'execution-has-ended',
+  text: `SELECT 1 FROM execution WHERE execution_id = $1 AND status NOT IN ('queued', 'running')`,
+};
+
+/** What an earlier attempt left. Read after the claim, which has waited for that attempt's last write. */
+const LAST_SEQUENCE = {
+  name: 'execution-last-sequence',
+  text: `SELECT last_sequence FROM execution_chunk WHERE execution_id = $1 ORDER BY first_sequence DESC LIMIT 1`,
+};
+const STEPS = { name: 'execution-steps', text: 'SELECT * FROM step WHERE execution_id = $1' };
+
+const LOST = {
+  name: 'execution-lost',
+  text: `
+    SELECT execution_id FROM execution
+     WHERE status = 'queued' AND created_at < now() - $1 * interval '1 ms' ORDER BY execution_id LIMIT $2`,
+};
+
+/** Takes executions out of the queue and runs them. */
+@Injectable()
+export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy {
+  private readonly logger = new Logger(ExecutionsWorker.name);
+  private sweep: NodeJS.Timeout | undefined;
+  private closed = false;
+
+  constructor(
+    @Inject(CONFIG) private readonly config: ServerConfig,
+    private readonly pool: Pool,
+    private readonly queue: ExecutionQueue,
+    private readonly log: EventLog,
+    private readonly deployments: DeploymentsService,
+    private readonly models: ModelRegistry,
+    private readonly steps: StepStore,
+    private readonly running: RunningExecutions,
+    private readonly metrics: Metrics,
+  ) {}
+
+  onApplicationBootstrap(): void {
+    if (this.config.ROLE === 'api') return;
+    this.queue.process(
+      (executionId, signal) => this.run(executionId, signal),
+      this.config.WORKER_CONCURRENCY,
+    );
+    this.scheduleSweep();
+  }
+
+  async onModuleDestroy(): Promise<void> {
+    this.closed = true;
+    clearTimeout(this.sweep);
+    await this.queue.close(this.config.SHUTDOWN_GRACE_MS);
+  }
+
+  private async run(executionId: string, letGo: AbortSignal): Promise<void> {
+    const execution = await this.claim(executionId, letGo);
+    if (!execution) return;
+    const { log, models, steps, metrics } = this;
+    const cancelled = this.running.add(executionId);
+    try {
+      if (execution.cancel_requested_at) this.running.cancel(executionId);
+      const [revision, left] = await Promise.all([
+        this.deployments.revision(execution.revision_id),
+        this.findLeftovers(execution),
+      ]);
+      const defaultTimeoutS = this.config.EXECUTION_TIMEOUT_S;
+      await new ExecutionRun({
+        execution,
+        revision,
+        ...left,
+        log,
+        models,
+        steps,
+        metrics,
+        defaultTimeoutS,
+      }).run({
+        letGo,
+        cancelled,
+      });
+    } catch (error) {
+      // Another attempt owns it: there is nothing left to do for this one.
+      if (!(error instanceof FencedError)) throw error;
+      this.logger.warn(error.message);
+    } finally {
+      this.running.remove(executionId);
+    }
+  }
+
+  private async claim(executionId: string, letGo: AbortSignal): Promise<Execution | undefined> {
+    const giveUp = Date.now() + ROW_WAIT_MS;
+    for (;;) {
+      const { rows } = await this.pool.query<Execution>({ ...CLAIM, values: [executionId] });
+      if (rows[0]) return rows[0];
+      const { rowCount } = await this.pool.query({ ...HAS_ENDED, values: [executionId] });
+      if (rowCount) return undefined;
+      if (Date.now() > giveUp) {
+        this.logger.warn({ execution_id: executionId }, 'A job without an execution was dropped.');
+        return undefined;
+      }
+      await sleep(ROW_POLL_MS, undefined, { signal: letGo });
+    }
+  }
+
+  private async findLeftovers({
+    execution_id,
+    attempt,
+  }: Execution): Promise<{ lastSequence: number; leftSteps: Step[] }> {
+    if (attempt === 1) return { lastSequence: 1, leftSteps: [] }; // `started` came with the acceptance
+    const [position, leftSteps] = await Promise.all([
+      this.pool.query<{ last_sequence: number }>({ ...LAST_SEQUENCE, values: [execution_id] }),
+      this.pool.query<Step>({ ...STEPS, values: [execution_id] }),
+    ]);
+    return { lastSequence: position.rows[0]?.last_sequence ?? 0, leftSteps: leftSteps.rows };
+  }
+
+  private scheduleSweep(): void {
+    this.sweep = setTimeout(() => {
+      this.requeueLost()
+        .catch((error: unknown) => this.logger.warn(error))
+        .finally(() => this.closed || this.scheduleSweep());
+    }, SWEEP_MS);
+  }
+
+  /** Puts accepted executions whose way into the queue failed back into it; those that are in it stay where they are. */
+  private async requeueLost(): Promise<void> {
+    const { rows } = await this.pool.query<{ execution_id: string }>({
+      ...LOST,
+      values: [SWEEP_MS, SWEEP_ROWS],
+    });
+    for (const { execution_id } of rows) await this.queue.add(execution_id);
+  }
+}

@@ -1,0 +1,87 @@
+import { Injectable, Logger } from '@nestjs/common';
+import type { OnModuleDestroy } from '@nestjs/common';
+import { Pool } from 'pg';
+import type { Execution } from '../database/entities/execution.entity.js';
+import { EventLog, FencedError } from '../event-log/event-log.js';
+import { Metrics } from '../metrics.js';
+
+/** How often a worker looks whether one of its executions was cancelled at another process. */
+const CANCEL_POLL_MS = 500;
+
+const CANCELLED = {
+  name: 'execution-cancelled',
+  text: `SELECT execution_id FROM execution WHERE execution_id = ANY ($1::uuid[]) AND cancel_requested_at IS NOT NULL`,
+};
+
+/** The reason of a run's signal when a client cancelled it. */
+export class CancelledError extends Error {
+  override name = 'CancelledError';
+}
+
+/** The executions that this process runs, and the way to stop one. */
+@Injectable()
+export class RunningExecutions implements OnModuleDestroy {
+  private readonly logger = new Logger(RunningExecutions.name);
+  private readonly runs = new Map<string, AbortController>();
+  private poll: NodeJS.Timeout | undefined;
+  private closed = false;
+
+  constructor(
+    private readonly pool: Pool,
+    private readonly log: EventLog,
+    private readonly metrics: Metrics,
+  ) {}
+
+  onModuleDestroy(): void {
+    this.closed = true;
+    clearTimeout(this.poll);
+  }
+
+  /** Makes a run known until `remove`; the signal aborts with a {@link CancelledError}. */
+  add(executionId: string): AbortSignal {
+    const controller = new AbortController();
+    this.runs.set(executionId, controller);
+    this.metrics.runningExecutions.set(this.runs.size);
+    this.poll ??= this.schedulePoll();
+    return controller.signal;
+  }
+
+  remove(executionId: string): void {
+    this.runs.delete(executionId);
+    this.metrics.runningExecutions.set(this.runs.size);
+  }
+
+  /** Stops the run if this process has it; another process finds the request in the database. */
+  cancel(executionId: string): void {
+    this.runs.get(executionId)?.abort(new CancelledError('The execution was cancelled.'));
+  }
+
+  /** Ends an execution that no worker has begun. If one begins it at this moment, that worker sees the request. */
+  async endQueued(execution: Execution): Promise<void> {
+    const writer = this.log.open({ ...execution, last_sequence: 1 });
+    try {
+      await writer.finish({ status: 'cancelled', response: '', input_tokens: 0, output_tokens: 0 });
+      this.metrics.executions.inc({ state: 'cancelled' });
+    } catch (error) {
+      if (!(error instanceof FencedError)) throw error;
+    }
+  }
+
+  private schedulePoll(): NodeJS.Timeout | undefined {
+    if (this.closed) return undefined;
+    return setTimeout(() => {
+      this.findCancelled()
+        .catch((error: unknown) => this.logger.warn(error))
+        .finally(() => (this.poll = this.runs.size > 0 ? this.schedulePoll() : undefined));
+    }, CANCEL_POLL_MS);
+  }
+
+  private async findCancelled(): Promise<void> {
+    if (this.runs.size === 0) return;
+    const { rows } = await this.pool.query<{ execution_id: string }>({
+      ...CANCELLED,
+      values: [[...this.runs.keys()]],
+    });
+    rows.forEach((row) => this.cancel(row.execution_id));
+  }
+}

@@ -1,0 +1,60 @@
+import { Injectable } from '@nestjs/common';
+import { Pool } from 'pg';
+import { GroupCommit } from '../database/group-commit.js';
+import type { Step } from '../database/entities/step.entity.js';
+import { ROW_SEPARATOR } from '../event-log/statements.js';
+
+/** A newer attempt's row is never overwritten by an older one's, so a worker that lost its execution changes nothing. */
+const SAVE = {
+  name: 'step-save',
+  text: `
+    INSERT INTO step (step_id, execution_id, agent_id, status, attempt, output, error, code, input_tokens, output_tokens,
+                      started_at, finished_at)
+    SELECT step_id, execution_id, agent_id, status, attempt, nullif(output, '')::json, error, code, input_tokens,
+           output_tokens, started_at, finished_at
+      FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::int[], string_to_array($6, E'\\x1e'), $7::text[],
+                  $8::text[], $9::int[], $10::int[], $11::timestamptz[], $12::timestamptz[])
+             AS item (step_id, execution_id, agent_id, status, attempt, output, error, code, input_tokens, output_tokens,
+                      started_at, finished_at)
+        ON CONFLICT (execution_id, agent_id) DO UPDATE SET
+           status = excluded.status, attempt = excluded.attempt, output = excluded.output, error = excluded.error,
+           code = excluded.code, input_tokens = excluded.input_tokens, output_tokens = excluded.output_tokens,
+           started_at = excluded.started_at, finished_at = excluded.finished_at
+     WHERE step.attempt <= excluded.attempt`,
+};
+
+/** Writes steps, those of all executions that change in the same moment in one statement. */
+@Injectable()
+export class StepStore {
+  private readonly saves = new GroupCommit<Step, void>((steps) => this.write(steps));
+
+  constructor(private readonly pool: Pool) {}
+
+  /** Resolves after the commit. Saves of the same step keep their order. */
+  save(step: Step): Promise<void> {
+    return this.saves.add({ ...step });
+  }
+
+  private async write(saves: Step[]): Promise<void[]> {
+    // One statement can't write a row twice: the last state of a step stands for all of them.
+    const steps = [...new Map(saves.map((step) => [step.step_id, step])).values()];
+    await this.pool.query({
+      ...SAVE,
+      values: [
+        steps.map((step) => step.step_id),
+        steps.map((step) => step.execution_id),
+        steps.map((step) => step.agent_id),
+        steps.map((step) => step.status),
+        steps.map((step) => step.attempt),
+        steps.map((step) => (step.output === null ? '' : JSON.stringify(step.output))).join(ROW_SEPARATOR),
+        steps.map((step) => step.error?.replaceAll('\u0000', '\ufffd') ?? null), // `text` can't hold U+0000
+        steps.map((step) => step.code),
+        steps.map((step) => step.input_tokens),
+        steps.map((step) => step.output_tokens),
+        steps.map((step) => step.started_at),
+        steps.map((step) => step.finished_at),
+      ],
+    });
+    return saves.map(() => undefined);
+  }
+}

@@ -1,0 +1,55 @@
+import { json } from 'express';
+import type { NextFunction, Request, RequestHandler, Response } from 'express';
+import type { Config } from './config.js';
+import { AppError } from './errors.js';
+
+/** Keys that could reach an object's prototype once the object is merged or copied (CWE-1321). */
+const FORBIDDEN_KEYS = new Set(['__proto__', 'constructor', 'prototype']);
+
+/**
+ * Reads JSON bodies: `payload_too_large` beyond `MAX_BODY_BYTES`, `unsupported_media_type` for anything but JSON,
+ * `validation_failed` for nesting deeper than `MAX_JSON_DEPTH` or a key that could pollute a prototype.
+ */
+export function jsonBody(config: Pick<Config, 'MAX_BODY_BYTES' | 'MAX_JSON_DEPTH'>): RequestHandler[] {
+  return [
+    requireJson,
+    json({ limit: config.MAX_BODY_BYTES, strict: false }),
+    (request, _response, next) => {
+      checkJson(request.body, config.MAX_JSON_DEPTH);
+      next();
+    },
+  ];
+}
+
+function requireJson(request: Request, _response: Response, next: NextFunction): void {
+  const hasBody =
+    request.headers['transfer-encoding'] !== undefined || Number(request.headers['content-length']) > 0;
+  if (hasBody && !request.is('json')) {
+    throw new AppError(
+      'unsupported_media_type',
+      'Send the body as JSON, with the header Content-Type: application/json.',
+    );
+  }
+  next();
+}
+
+/** Walks without recursion, because what JSON.parse can nest would overflow the stack of a recursive walk. */
+function checkJson(body: unknown, maxDepth: number): void {
+  const open: { value: unknown; pointer: string; depth: number }[] = [{ value: body, pointer: '', depth: 0 }];
+  for (let node = open.pop(); node; node = open.pop()) {
+    const { value, pointer, depth } = node;
+    if (typeof value !== 'object' || value === null) continue;
+    if (depth === maxDepth) refuse(pointer, `is nested deeper than ${maxDepth} levels`);
+    for (const [key, child] of Object.entries(value)) {
+      const at = `${pointer}/${key.replaceAll('~', '~0').replaceAll('/', '~1')}`;
+      if (!Array.isArray(value) && FORBIDDEN_KEYS.has(key)) refuse(at, 'is not an allowed name');
+      if (typeof child === 'object') open.push({ value: child, pointer: at, depth: depth + 1 });
+    }
+  }
+}
+
+function refuse(pointer: string, detail: string): never {
+  throw new AppError('validation_failed', `The body is not valid: ${pointer} ${detail}.`, {
+    faults: [{ pointer, detail }],
+  });
+}

@@ -1,0 +1,301 @@
+import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { startTestApp } from '../support/app.js';
+import type { TestApp } from '../support/app.js';
+import { Studio, echo, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
+import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+
+interface ExecutionBody {
+  execution_id: string;
+  status: string;
+  response: string;
+  links: Record<string, string>;
+}
+interface StepsBody {
+  items: { agent_id: string; status: string; output?: string; started_at?: string; finished_at?: string }[];
+}
+
+/** Triage sends invoices to billing and all else to support; an editor joins them. */
+const desk = {
+  agents: [
+    {
+      agent_id: 'triage',
+      agent_type: 'template',
+      config: { template: '{% if query contains "invoice" %}billing{% else %}support{% endif %}' },
+    },
+    { agent_id: 'billing', agent_type: 'template', config: { template: 'BILLING {{ query }}' } },
+    { agent_id: 'support', agent_type: 'template', config: { template: 'SUPPORT {{ query }}' } },
+    {
+      agent_id: 'editor',
+      agent_type: 'template',
+      config: { template: '[{{ outputs.billing }}{{ outputs.support }}]' },
+    },
+  ],
+  connections: [
+    {
+      source_agent_id: 'triage',
+      target_agent_id: 'billing',
+      connection_type: 'conditional',
+      conditions: { expression: 'output == "billing"' },
+    },
+    {
+      source_agent_id: 'triage',
+      target_agent_id: 'support',
+      connection_type: 'conditional',
+      conditions: { expression: 'output == "support"' },
+    },
+    { source_agent_id: 'billing', target_agent_id: 'editor' },
+    { source_agent_id: 'support', target_agent_id: 'editor' },
+  ],
+};
+
+let release: () => void = () => {};
+let upstream: Upstream;
+let server: TestApp;
+let studio: Studio;
+
+beforeAll(async () => {
+  upstream = await Upstream.start((response) => {
+    writeStream(response, chatDelta('first '));
+    release = () => {
+      writeStream(response, chatDelta('second'), chatEnd());
+      response.end();
+    };
+  });
+  server = await startTestApp({
+    MODEL_PROVIDERS: JSON.stringify({ upstream: { type: 'openai-compatible', base_url: upstream.url } }),
+    HEARTBEAT_INTERVAL_MS: '100',
+  });
+  studio = new Studio(server.url);
+});
+afterAll(async () => {
+  await server.close();
+  await upstream.stop();
+});
+
+describe('execute', () => {
+  it('answers with the response, the ids, the usage and the times', async () => {
+    const deployment = await studio.deploy(desk);
+    const { status, body, headers } = await studio.execute<ExecutionBody>({
+      deployment_name: deployment,
+      query: 'my invoice',
+    });
+    expect(status).toBe(200);
+    expect(body).toEqual({
+      status: 'success',
+      response: '[BILLING my invoice]',
+      execution_id: expect.stringMatching(/^[0-9a-f-]{36}$/),
+      deployment_name: deployment,
+      workflow_id: expect.stringMatching(/^[0-9a-f-]{36}$/),
+      deployment_id: expect.stringMatching(/^[0-9a-f-]{36}$/),
+      usage: { input_tokens: 0, output_tokens: 0 },
+      duration_ms: expect.any(Number),
+      timestamp: expect.stringMatching(/^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$/),
+    });
+    expect(headers.get('content-location')).toBe(`/api/executions/${body.execution_id}`);
+  });
+
+  it('gives the model the chat history and the overrides', async () => {
+    const deployment = await studio.deploy(echo({ system_prompt: 'Speak {{ variables.language }}' }));
+    const { body } = await studio.execute<ExecutionBody>({
+      deployment_name: deployment,
+      query: 'hello',
+      chat_history: [
+        { actor: 'user', content: 'before' },
+        { actor: 'assistant', content: 'yes' },
+      ],
+      runtime_overrides: { variables: { language: 'Latin' }, agents: { echo: { temperature: 0.1 } } },
+    });
+    expect(body.response).toContain('Speak Latin');
+    expect(body.response).toMatch(/Earlier messages: 2/);
+    expect(body.response).toContain('hello');
+  });
+});
+
+describe('execute/async', () => {
+  it('accepts with links that lead to the state, the stream and the end', async () => {
+    const deployment = await studio.deploy(desk);
+    const accepted = await studio.json<ExecutionBody>('/api/workflows/execute/async', {
+      method: 'POST',
+      body: { deployment_name: deployment, query: 'it crashes' },
+    });
+    expect(accepted.status).toBe(202);
+    const { execution_id: id, links } = accepted.body;
+    const frames = await (await studio.follow(id)).frames();
+    expect(faultsOfStream(frames, id)).toEqual([]);
+    expect(textOf(frames)).toBe('[SUPPORT it crashes]');
+    for (const link of ['self', 'progress', 'steps']) {
+      expect((await studio.json(links[link] ?? '')).status).toBe(200);
+    }
+    expect(links.stream).toBe(`/api/executions/${id}/stream`);
+    expect(links.cancel).toBe(`/api/executions/${id}/cancel`);
+  });
+});
+
+describe('the trace', () => {
+  it('tells what ran, what was skipped and how far it is', async () => {
+    const deployment = await studio.deploy(desk);
+    const { body } = await studio.execute<ExecutionBody>({ deployment_name: deployment, query: 'invoice' });
+    const steps = await studio.json<StepsBody>(`/api/executions/${body.execution_id}/steps`);
+    const states = Object.fromEntries(steps.body.items.map(({ agent_id, status }) => [agent_id, status]));
+    expect(states).toEqual({
+      triage: 'completed',
+      billing: 'completed',
+      support: 'skipped',
+      editor: 'completed',
+    });
+    expect(steps.body.items.find(({ agent_id }) => agent_id === 'billing')?.output).toBe('BILLING invoice');
+    const progress = await studio.json(`/api/executions/${body.execution_id}/progress`);
+    expect(progress.body).toMatchObject({
+      status: 'completed',
+      completed_steps: 4,
+      total_steps: 4,
+      progress: 1,
+      running_agents: [],
+    });
+  });
+
+  it('shows a step that runs', async () => {
+    const deployment = await studio.deploy(upstreamAgent());
+    const stream = await studio.stream({ deployment_name: deployment, query: 'x' });
+    for await (const { chunk } of stream) if (chunk.type === 'content') break;
+    const progress = await studio.json(`/api/executions/${stream.executionId}/progress`);
+    expect(progress.body).toMatchObject({
+      status: 'running',
+      completed_steps: 0,
+      total_steps: 1,
+      running_agents: ['writer'],
+    });
+    release();
+    await until(async () => {
+      const { body } = await studio.json<ExecutionBody>(`/api/executions/${stream.executionId}`);
+      return body.status === 'completed' ? body : undefined;
+    });
+  });
+
+  it('is in the stream too for those who include progress, and only for them', async () => {
+    const deployment = await studio.deploy(desk);
+    const plain = await (await studio.stream({ deployment_name: deployment, query: 'invoice' })).frames();
+    expect(new Set(plain.map(({ chunk }) => chunk.type))).toEqual(new Set(['status', 'content']));
+    const stream = await studio.stream({
+      deployment_name: deployment,
+      query: 'invoice',
+      include: ['progress'],
+    });
+    const frames = await stream.frames();
+    expect(faultsOfStream(frames, stream.executionId)).toEqual([]);
+    const steps = frames.flatMap(({ chunk }) => (typeof chunk.data === 'object' ? [chunk.data] : []));
+    expect(steps.at(-1)).toMatchObject({
+      agent_id: 'editor',
+      status: 'completed',
+      completed_steps: 4,
+      total_steps: 4,
+      progress: 1,
+    });
+    const between = frames.filter(
+      ({ chunk }) => chunk.type === 'progress' && chunk.data === 'BILLING invoice',
+    );
+    expect(between).toHaveLength(1);
+    expect(textOf(frames)).toBe('[BILLING invoice]');
+  });
+});
+
+describe('the list', () => {
+  it('pages through all executions of a deployment, newest first, each once', async () => {
+    const deployment = await studio.deploy(echo());
+    const ids: string[] = [];
+    for (let run = 0; run < 7; run++) {
+      const { body } = await studio.execute<ExecutionBody>({ deployment_name: deployment, query: `${run}` });
+      ids.unshift(body.execution_id);
+    }
+    const seen: string[] = [];
+    let cursor: string | undefined;
+    do {
+      const page: { body: { items: ExecutionBody[]; next_cursor?: string } } = await studio.json(
+        `/api/executions?deployment_name=${deployment}&limit=3${cursor ? `&cursor=${cursor}` : ''}`,
+      );
+      seen.push(...page.body.items.map(({ execution_id }) => execution_id));
+      cursor = page.body.next_cursor;
+    } while (cursor);
+    expect(seen).toEqual(ids);
+    const failed = await studio.json<{ items: unknown[] }>(
+      `/api/executions?deployment_name=${deployment}&status=error`,
+    );
+    expect(failed.body.items).toEqual([]);
+  });
+});
+
+describe('the wire', () => {
+  it('has the promised headers and frames', async () => {
+    const deployment = await studio.deploy(desk);
+    const stream = await studio.stream({ deployment_name: deployment, query: 'invoice' });
+    await stream.frames();
+    expect(stream.status).toBe(200);
+    expect(stream.headers.get('content-type')).toBe('text/event-stream');
+    expect(stream.headers.get('cache-control')).toMatch(/no-cache.*no-transform/);
+    expect(stream.headers.get('x-accel-buffering')).toBe('no');
+    expect(stream.headers.get('content-encoding')).toBeNull();
+    expect(stream.headers.get('location')).toBe(`/api/executions/${stream.executionId}/stream`);
+    expect(stream.headers.get('access-control-allow-origin')).toBe('*');
+    expect(stream.headers.get('access-control-expose-headers')).toContain('Content-Location');
+    const blocks = stream.raw.replace(/^\n/, '').split('\n\n');
+    expect(blocks.pop()).toBe('');
+    blocks.forEach((block, index) => {
+      expect(block).toMatch(index === 0 ? /^id: \S+\nretry: \d+\ndata: .+$/ : /^id: \S+\ndata: .+$/);
+    });
+    expect(stream.raw).not.toContain('\r');
+  });
+
+  it('carries a comment while nothing comes, so that no proxy takes the stream for dead', async () => {
+    const deployment = await studio.deploy(upstreamAgent());
+    const stream = await studio.stream({ deployment_name: deployment, query: 'x' });
+    const reading = stream.frames();
+    await until(() => /^: heartbeat\n\n/m.test(stream.raw) || undefined);
+    release();
+    const frames = await reading;
+    expect(faultsOfStream(frames, stream.executionId)).toEqual([]);
+    expect(textOf(frames)).toBe('first second');
+  });
+
+  it('allows a browser of another origin to send what reconnecting needs', async () => {
+    const preflight = await fetch(`${server.url}/api/workflows/execute/stream`, {
+      method: 'OPTIONS',
+      headers: {
+        Origin: 'http://app.example',
+        'Access-Control-Request-Method': 'POST',
+        'Access-Control-Request-Headers': 'content-type,last-event-id',
+      },
+    });
+    expect(preflight.status).toBe(204);
+    expect(preflight.headers.get('access-control-allow-headers')).toContain('Last-Event-ID');
+  });
+});
+
+it('an execution that was accepted before a redeployment runs the graph that it was accepted with', async () => {
+  const accepting = await startTestApp({ ROLE: 'api' });
+  const client = new Studio(accepting.url);
+  const agent = (template: string) => ({
+    agents: [{ agent_id: 'a', agent_type: 'template', config: { template } }],
+  });
+  const deployment = await client.deploy(agent('old'));
+  const stream = await client.stream({ deployment_name: deployment, query: 'x' });
+  const { body } = await client.json<{ workflow_id: string }>(`/api/deployments/${deployment}`);
+  await client.json(`/api/workflows/${body.workflow_id}`, {
+    method: 'PUT',
+    body: { configuration: agent('new') },
+  });
+  await client.json(`/api/workflows/deployments/${deployment}/stop`, { method: 'POST' });
+  await client.json(`/api/workflows/${body.workflow_id}/deploy`, {
+    method: 'POST',
+    body: { deployment_name: deployment },
+  });
+  const worker = await startTestApp({ ROLE: 'worker' }, accepting.database);
+  try {
+    expect(textOf(await stream.frames())).toBe('old');
+    expect(
+      (await client.execute<ExecutionBody>({ deployment_name: deployment, query: 'x' })).body.response,
+    ).toBe('new');
+  } finally {
+    await worker.close();
+    await accepting.close();
+  }
+});
