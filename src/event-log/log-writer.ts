@@ -79,6 +79,7 @@ export class ExecutionLogWriter implements LogWriter {
   async flush(): Promise<void> {
     const last = this.sequence;
     while (this.committedSequence < last) {
+      this.fence.signal.throwIfAborted();
       this.urgent = true;
       if (!this.inFlight) this.host.schedule(this);
       await this.flushed();

@@ -36,6 +36,15 @@ const STREAM = {
   schema: { type: 'string' },
 } as const;
 
+/** What can be wrong with a request to run something. */
+const REFUSALS = [
+  'validation_failed',
+  'override_not_allowed',
+  'deployment_not_found',
+  'payload_too_large',
+  'unavailable',
+] as const;
+
 @ApiTags('execute')
 @Controller('api/workflows/execute')
 export class ExecuteController {
@@ -44,10 +53,10 @@ export class ExecuteController {
     private readonly streams: ExecutionStreams,
   ) {}
 
-  /** Runs a deployment and waits for its answer */
+  /** Run a deployment and wait for its answer */
   @Post()
   @HttpCode(200)
-  @ApiProblems(400, 404, 409, 413, 500, 502, 503, 504)
+  @ApiProblems(...REFUSALS, 'cancelled', 'model_error', 'agent_error', 'timeout')
   execute(
     @Body() request: ExecuteDto,
     @Res({ passthrough: true }) response: Response,
@@ -55,12 +64,12 @@ export class ExecuteController {
     return this.executions.execute(request, response);
   }
 
-  /** Runs a deployment and streams its answer while it is generated (Server-Sent Events) */
+  /** Run a deployment and stream its answer while it is generated (Server-Sent Events) */
   @Sse('stream', { method: RequestMethod.POST, maxPendingDataLength: 0 })
   @HttpCode(200)
   @ApiProduces('text/event-stream')
   @ApiOkResponse(STREAM)
-  @ApiProblems(400, 404, 413, 503)
+  @ApiProblems(...REFUSALS)
   stream(
     @Body() request: ExecuteDto,
     @Res({ passthrough: true }) response: Response,
@@ -68,10 +77,10 @@ export class ExecuteController {
     return this.streams.start(request, response);
   }
 
-  /** Runs a deployment in the background; the links of the answer lead to its state and its stream */
+  /** Run a deployment in the background; the answer's links lead to its state and its stream */
   @Post('async')
   @HttpCode(202)
-  @ApiProblems(400, 404, 413, 503)
+  @ApiProblems(...REFUSALS)
   executeAsync(
     @Body() request: ExecuteDto,
     @Res({ passthrough: true }) response: Response,
@@ -89,35 +98,35 @@ export class ExecutionsController {
     private readonly streams: ExecutionStreams,
   ) {}
 
-  /** Executions, newest first */
+  /** List executions, newest first */
   @Get()
-  @ApiProblems(400)
+  @ApiProblems('validation_failed')
   list(@Query() filter: ListExecutionsDto): Promise<ExecutionPageDto> {
     return this.reader.list(filter);
   }
 
-  /** One execution: its state, answer, usage and times */
+  /** Read an execution: its state, answer, usage and times */
   @Get(':execution_id')
-  @ApiProblems(404)
+  @ApiProblems('execution_not_found')
   get(@Param('execution_id') executionId: string): Promise<ExecutionDto> {
     return this.reader.get(executionId);
   }
 
-  /** The full trace: what each agent did, when, and what it cost */
+  /** Read the full trace of an execution: what each agent did, when, and what it cost */
   @Get(':execution_id/steps')
-  @ApiProblems(404)
+  @ApiProblems('execution_not_found')
   steps(@Param('execution_id') executionId: string): Promise<StepListDto> {
     return this.reader.steps(executionId);
   }
 
-  /** How far it is, light enough to be polled */
+  /** Read how far an execution is; light enough to be polled */
   @Get(':execution_id/progress')
-  @ApiProblems(404)
+  @ApiProblems('execution_not_found')
   progress(@Param('execution_id') executionId: string): Promise<ProgressDto> {
     return this.reader.progress(executionId);
   }
 
-  /** Follows or replays a stream, from its beginning or from any chunk; 204 when nothing is left (Server-Sent Events) */
+  /** Follow or replay a stream, from its beginning or from any chunk; 204 when nothing is left (Server-Sent Events) */
   @Sse(':execution_id/stream', { maxPendingDataLength: 0 })
   @ApiHeader({
     name: 'Last-Event-ID',
@@ -126,7 +135,7 @@ export class ExecutionsController {
   })
   @ApiProduces('text/event-stream')
   @ApiOkResponse(STREAM)
-  @ApiProblems(400, 404, 410)
+  @ApiProblems('invalid_cursor', 'execution_not_found', 'log_expired')
   follow(
     @Param('execution_id') executionId: string,
     @Query() { after }: StreamQueryDto,
@@ -136,10 +145,10 @@ export class ExecutionsController {
     return this.streams.follow(executionId, { after, lastEventId, response });
   }
 
-  /** Stops an execution; it ends as `cancelled` and keeps the text so far */
+  /** Cancel an execution; it ends as `cancelled` and keeps the text so far */
   @Post(':execution_id/cancel')
   @HttpCode(202)
-  @ApiProblems(404, 409)
+  @ApiProblems('execution_not_found', 'execution_finished')
   cancel(@Param('execution_id') executionId: string): Promise<ExecutionDto> {
     return this.executions.cancel(executionId);
   }

@@ -10,7 +10,10 @@ export interface TestDatabase {
 /** A database of its own on the run's PostgreSQL. */
 export async function createTestDatabase(): Promise<TestDatabase> {
   const serverUrl = process.env.TEST_DATABASE_URL;
-  if (!serverUrl) throw new Error('TEST_DATABASE_URL is set by test/support/global-setup.mjs; run the tests with jest.config.js.');
+  if (!serverUrl)
+    throw new Error(
+      'TEST_DATABASE_URL is set by test/support/global-setup.mjs; run the tests with jest.config.js.',
+    );
   const name = `test_${randomUUID().replaceAll('-', '')}`;
   await run(serverUrl, `CREATE DATABASE ${name}`);
   const url = new URL(serverUrl);
@@ -22,7 +25,11 @@ export async function createTestDatabase(): Promise<TestDatabase> {
   };
 }
 
-async function run<Row extends object>(connectionString: string, text: string, values?: unknown[]): Promise<Row[]> {
+async function run<Row extends object>(
+  connectionString: string,
+  text: string,
+  values?: unknown[],
+): Promise<Row[]> {
   const client = new Client({ connectionString });
   await client.connect();
   try {

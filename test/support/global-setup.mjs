@@ -8,11 +8,17 @@ import { join } from 'node:path';
  */
 export default async function globalSetup() {
   if (process.env.TEST_DATABASE_URL) return;
-  const { startEmbeddedPostgres } = await import('../../dist/database/embedded-postgres.js').catch((cause) => {
-    throw new Error('The tests start the built PostgreSQL module: run `npm run build` first.', { cause });
-  });
+  const { startEmbeddedPostgres } = await import('../../dist/database/embedded-postgres.js').catch(
+    (cause) => {
+      throw new Error('The tests start the built PostgreSQL module: run `npm run build` first.', { cause });
+    },
+  );
   const dataDir = await mkdtemp(join(tmpdir(), 'agent-studio-test-'));
-  const server = await startEmbeddedPostgres({ dataDir, log: () => {}, serverOptions: { max_connections: '500' } });
+  const server = await startEmbeddedPostgres({
+    dataDir,
+    log: () => {},
+    serverOptions: { max_connections: '500' },
+  });
   globalThis.testPostgres = { server, dataDir };
   process.env.TEST_DATABASE_URL = server.url;
 }

@@ -36,7 +36,7 @@ export interface AgentContext {
   max_retries?: number;
   signal: AbortSignal;
   /**
-   * Adds text to the agent's output; nothing else does. Wait for the promise, if there is one, before going on: the
+   * Adds text, unless it is empty, to the agent's output; nothing else does. Wait for the promise, if there is one, before going on: the
    * reader is behind. Throws when the run was stopped.
    */
   emit(text: string): Promise<void> | undefined;
