@@ -4,7 +4,7 @@ import type { NestExpressApplication } from '@nestjs/platform-express';
 import helmet from 'helmet';
 import { AppModule } from './app.module.js';
 import type { ServerConfig } from './config.js';
-import { jsonBody } from './json-body.js';
+import { useJsonBody } from './json-body.js';
 import { JsonLogger, requestLog } from './json-logger.js';
 import { serveOpenApi } from './openapi.js';
 import { ProblemFilter, validationError } from './problem.filter.js';
@@ -43,7 +43,7 @@ export async function createApp(config: ServerConfig): Promise<NestExpressApplic
     exposedHeaders: ['Location', 'Content-Location', 'X-Request-Id', 'Retry-After'],
     maxAge: 600,
   });
-  app.use(...jsonBody(config));
+  useJsonBody(app, config);
   app.useGlobalPipes(
     new ValidationPipe({
       transform: true,

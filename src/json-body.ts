@@ -1,5 +1,5 @@
-import { json } from 'express';
-import type { NextFunction, Request, RequestHandler, Response } from 'express';
+import type { NestExpressApplication } from '@nestjs/platform-express';
+import type { NextFunction, Request, Response } from 'express';
 import type { Config } from './config.js';
 import { AppError } from './errors.js';
 
@@ -10,15 +10,16 @@ const FORBIDDEN_KEYS = new Set(['__proto__', 'constructor', 'prototype']);
  * Reads JSON bodies: `payload_too_large` beyond `MAX_BODY_BYTES`, `unsupported_media_type` for anything but JSON,
  * `validation_failed` for nesting deeper than `MAX_JSON_DEPTH` or a key that could pollute a prototype.
  */
-export function jsonBody(config: Pick<Config, 'MAX_BODY_BYTES' | 'MAX_JSON_DEPTH'>): RequestHandler[] {
-  return [
-    requireJson,
-    json({ limit: config.MAX_BODY_BYTES, strict: false }),
-    (request, _response, next) => {
-      checkJson(request.body, config.MAX_JSON_DEPTH);
-      next();
-    },
-  ];
+export function useJsonBody(
+  app: NestExpressApplication,
+  config: Pick<Config, 'MAX_BODY_BYTES' | 'MAX_JSON_DEPTH'>,
+): void {
+  app.use(requireJson);
+  app.useBodyParser('json', { limit: config.MAX_BODY_BYTES, strict: false });
+  app.use((request: Request, _response: Response, next: NextFunction) => {
+    checkJson(request.body, config.MAX_JSON_DEPTH);
+    next();
+  });
 }
 
 function requireJson(request: Request, _response: Response, next: NextFunction): void {

@@ -81,7 +81,7 @@ export class RuntimeConfigDto {
 export class DeployWorkflowDto {
   /** The name that requests use; unique in its environment */
   @Matches(DEPLOYMENT_NAME, { message: DEPLOYMENT_NAME_RULE })
-  @ApiProperty({ example: supportDesk.name, pattern: DEPLOYMENT_NAME.source })
+  @ApiProperty({ example: 'my-support-desk', pattern: DEPLOYMENT_NAME.source })
   deployment_name: string;
 
   @IsOptional()
@@ -94,7 +94,7 @@ export class DeployWorkflowDto {
   @IsString()
   @Length(1, 200)
   @IsStorableText()
-  @ApiProperty({ required: false, minLength: 1, maxLength: 200, example: 'ada@example.com' })
+  @ApiProperty({ required: false, minLength: 1, maxLength: 200, example: 'release-pipeline' })
   deployed_by?: string;
 
   @IsOptional()

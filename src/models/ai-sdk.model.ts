@@ -32,10 +32,14 @@ export class AiSdkModel implements Model {
     const call = this.open(signal);
     let finished = false;
     try {
-      const { stream } = await call.wait(this.model.doStream(this.toCallOptions(request, call)));
+      call.listen();
+      const { stream } = await this.model.doStream(this.toCallOptions(request, call));
+      call.heard();
       const reader = stream.getReader();
       while (!finished) {
-        const { done, value } = await call.wait(reader.read());
+        call.listen();
+        const { done, value } = await reader.read();
+        call.heard();
         if (done) throw cutShort(this.options.provider);
         const part = this.toPart(value);
         if (part === undefined) continue;
@@ -43,6 +47,8 @@ export class AiSdkModel implements Model {
         if (finished) release(reader, call);
         yield [part];
       }
+    } catch (error) {
+      throw call.toError(error);
     } finally {
       call.end(finished);
     }
@@ -52,10 +58,14 @@ export class AiSdkModel implements Model {
     const call = this.open(signal);
     let finished = false;
     try {
-      const result = await call.wait(this.model.doGenerate(this.toCallOptions(request, call)));
+      call.listen();
+      const result = await this.model.doGenerate(this.toCallOptions(request, call));
+      call.heard();
       finished = true;
       const text = result.content.map((part) => (part.type === 'text' ? part.text : '')).join('');
       return { text, usage: toUsage(result.usage) };
+    } catch (error) {
+      throw call.toError(error);
     } finally {
       call.end(finished);
     }

@@ -29,19 +29,15 @@ export class UpstreamCall {
     return this.connection.signal;
   }
 
-  /** Resolves with the upstream's next sign of life; rejects with what {@link toError} says. */
-  async wait<T>(next: PromiseLike<T>): Promise<T> {
+  /** From now on the upstream's silence counts. */
+  listen(): void {
     this.waitingSince = performance.now();
-    try {
-      const sign = await next;
-      // What had been received before the socket was closed could still come.
-      this.connection.signal.throwIfAborted();
-      return sign;
-    } catch (error) {
-      throw this.toError(error);
-    } finally {
-      this.waitingSince = undefined;
-    }
+  }
+
+  /** The upstream has given a sign of life. Throws if it came too late, since what was received before may still come. */
+  heard(): void {
+    this.waitingSince = undefined;
+    this.connection.signal.throwIfAborted();
   }
 
   readonly close = (): void => {
@@ -57,8 +53,8 @@ export class UpstreamCall {
     if (!finished) this.close();
   }
 
-  /** Why the call failed: the caller's reason, the time-out, or what the upstream did. */
-  private toError(error: unknown): unknown {
+  /** What to throw for the error that a call ended with: the caller's reason, the time-out, or the upstream's fault. */
+  toError(error: unknown): unknown {
     if (this.caller.aborted) return this.caller.reason;
     if (!this.silent) return toModelError(error, this.provider);
     return new TransientError(
