@@ -4,6 +4,7 @@ import type { NestExpressApplication } from '@nestjs/platform-express';
 import helmet from 'helmet';
 import { AppModule } from './app.module.js';
 import type { ServerConfig } from './config.js';
+import { DrainingAdapter } from './draining.adapter.js';
 import { useJsonBody } from './json-body.js';
 import { JsonLogger, requestLog } from './json-logger.js';
 import { serveOpenApi } from './openapi.js';
@@ -12,13 +13,15 @@ import { ProblemFilter, validationError } from './problem.filter.js';
 /** Builds the server, connected to its database and ready to `listen`; `close` drains it. */
 export async function createApp(config: ServerConfig): Promise<NestExpressApplication> {
   const logger = new JsonLogger(config.LOG_LEVEL);
-  const app = await NestFactory.create<NestExpressApplication>(AppModule.forRoot(config), {
-    logger,
-    bodyParser: false,
-    // A client that does not read its stream must not hold the shutdown up.
-    forceCloseConnections: true,
-    abortOnError: false,
-  });
+  const app = await NestFactory.create<NestExpressApplication>(
+    AppModule.forRoot(config),
+    new DrainingAdapter(),
+    {
+      logger,
+      bodyParser: false,
+      abortOnError: false,
+    },
+  );
   app.disable('x-powered-by');
   app.use(requestLog(logger.pino));
   app.use(

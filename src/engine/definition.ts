@@ -1,7 +1,7 @@
 import { z } from 'zod';
-import { AppError, type Fault } from '../errors.js';
+import type { Fault } from '../errors.js';
 import type { ModelRegistry } from '../models/model-registry.js';
-import { findUnsafeJson, isForbiddenName, parseShape, toPointer } from './validation.js';
+import { findUnsafeJson, isForbiddenName, parseShape, refuse, toPointer } from './validation.js';
 
 /** Longest time limit that a definition or a client can ask for, in seconds: one day. */
 const MAX_TIMEOUT_S = 86_400;
@@ -110,20 +110,8 @@ export function parseOverrides(
       faults.push(...checkFields(fields, at, options));
     }
   }
-  if (faults.length > 0 || overrides === undefined) {
-    throw new AppError('override_not_allowed', summarize('The runtime overrides are not allowed', faults), {
-      faults,
-    });
-  }
-  return overrides;
-}
-
-/** `<what>: <first fault> (and n more)`, for the message of an error that carries all of them. */
-export function summarize(what: string, faults: readonly Fault[]): string {
-  const [first, ...others] = faults;
-  if (first === undefined) return `${what}.`;
-  const more = others.length === 0 ? '' : ` (and ${others.length} more)`;
-  return `${what}: ${first.pointer} ${first.detail}${more}.`;
+  refuse('override_not_allowed', 'The runtime overrides are not allowed', faults);
+  return overrides ?? {};
 }
 
 function checkFields(

@@ -1,6 +1,6 @@
 import { Environment, type ASTNode, type ParseResult } from '@marcbachmann/cel-js';
 import type { Fault } from '../errors.js';
-import { EvaluationLimitError, runBounded } from './sandbox.js';
+import { EvaluationLimitError, refuseSlowSearch, runBounded } from './sandbox.js';
 
 const MAX_EXPRESSION_CHARS = 2000;
 /**
@@ -18,20 +18,47 @@ const MACROS: ReadonlySet<string> = new Set(words('all exists exists_one filter 
  */
 const FUNCTIONS: ReadonlySet<string> = new Set([
   ...MACROS,
-  ...words('contains startsWith endsWith matches indexOf lastIndexOf substring split'),
+  ...words('contains startsWith endsWith matches indexOf substring split'),
   ...words('trim lowerAscii upperAscii size has'),
   ...words('int uint double string bool dyn type timestamp duration'),
 ]);
 
 const NUMERIC_FUNCTIONS: ReadonlySet<string> = new Set(
-  words('int uint double size indexOf lastIndexOf timestamp duration'),
+  words('int uint double size indexOf timestamp duration'),
 );
 const ARITHMETIC: ReadonlySet<string> = new Set(words('+ - * / % -_'));
+
+/** Functions that search a text: the library's own are replaced by ours, which refuse what can take too long. */
+const SEARCHES: ReadonlySet<string> = new Set(words('contains indexOf matches split'));
+const OURS = 'bounded_';
 
 const environment = new Environment({ limits: { maxDepth: 32 } })
   .registerVariable('query', 'string')
   .registerVariable('output', 'string')
-  .registerVariable('variables', 'map<string, dyn>');
+  .registerVariable('variables', 'map<string, dyn>')
+  .registerFunction(
+    `string.${OURS}contains(string): bool`,
+    search((text, part) => text.includes(part)),
+  )
+  .registerFunction(
+    `string.${OURS}indexOf(string): int`,
+    search((text, part) => BigInt(text.indexOf(part))),
+  )
+  .registerFunction(
+    `string.${OURS}split(string): list<string>`,
+    search((text, part) => text.split(part)),
+  )
+  .registerFunction(
+    `string.${OURS}matches(string): bool`,
+    search((text, part) => toPattern(part).test(text)),
+  );
+
+function search<Result>(find: (text: string, part: string) => Result) {
+  return (text: string, part: string): Result => {
+    refuseSlowSearch(text, part);
+    return find(text, part);
+  };
+}
 
 /** What a condition can read: the request's query, the text of the connection's source, and the run's variables. */
 export interface ExpressionInput {
@@ -76,8 +103,8 @@ export class Expression {
 
 /**
  * Parses a CEL condition (https://cel.dev) of up to 2,000 characters over `query`, `output` and `variables`, and checks
- * its types. `matches` is JavaScript's RegExp, which can take exponential time, so each evaluation is ended after
- * 250 ms; `+` adds numbers only, since texts that are doubled again and again would fill the memory within that time.
+ * its types. `matches` is JavaScript's RegExp, which can take exponential time, so an evaluation is ended after 500 ms;
+ * `+` adds numbers only, since texts that are doubled again and again would fill the memory within that time.
  * What is wrong goes into `faults`, and then nothing is returned.
  */
 export function compileExpression(
@@ -87,33 +114,50 @@ export function compileExpression(
   try {
     if (source.length > MAX_EXPRESSION_CHARS)
       throw new Error(`it is longer than ${MAX_EXPRESSION_CHARS} characters`);
-    return new Expression(parse(source));
+    prepare(parseInCopy(source));
+    const parsed = environment.parse(source);
+    prepare(parsed.ast);
+    checkTypes(parsed);
+    return new Expression(parsed);
   } catch (error) {
     at.faults.push({ pointer: at.pointer, detail: `the expression is not valid: ${explain(error)}` });
     return undefined;
   }
 }
 
-function parse(source: string): ParseResult {
-  const parsed = environment.parse(source);
-  refuseUnbounded(parsed.ast);
+/**
+ * The library also keeps the name of each function that it meets, known or not. A copy with a function of its own has
+ * its own list of names, which goes with the copy.
+ */
+function parseInCopy(source: string): ASTNode {
+  return environment
+    .clone()
+    .registerFunction('own_names(): bool', () => true)
+    .parse(source).ast;
+}
+
+function checkTypes(parsed: ParseResult): void {
   const check = parsed.check();
   if (!check.valid) throw check.error ?? new Error('its types do not fit');
   // `dyn` is what reading a variable gives; whether that is a bool shows only in a run.
-  if (check.type !== 'bool' && check.type !== 'dyn')
+  if (check.type !== 'bool' && check.type !== 'dyn') {
     throw new Error(`it gives ${check.type}, and must give bool`);
-  return parsed;
+  }
 }
 
-/** Iterative: a long chain of operators makes a tree as deep as the expression is long. */
-function refuseUnbounded(root: ASTNode): void {
+/**
+ * Refuses what could grow without bound, and puts our functions in the place of the library's.
+ * Iterative: a long chain of operators makes a tree as deep as the expression is long.
+ */
+function prepare(root: ASTNode): void {
   const pending: { value: unknown; level: number }[] = [{ value: root, level: 0 }];
   for (let next = pending.pop(); next !== undefined; next = pending.pop()) {
     let { level } = next;
     if (isNode(next.value)) {
-      refuseCall(next.value);
       if (isAggregate(next.value)) level += 1;
       if (level > MAX_NESTED_AGGREGATES) throw new Error('its lists, maps and macros are nested too deeply');
+      refuseGrowth(next.value);
+      prepareCall(next.value);
     }
     const children = isNode(next.value) ? next.value.args : next.value;
     if (Array.isArray(children)) pending.push(...children.map((value: unknown) => ({ value, level })));
@@ -121,25 +165,33 @@ function refuseUnbounded(root: ASTNode): void {
   }
 }
 
-function refuseCall(node: ASTNode): void {
-  const name = calledName(node);
-  if (name !== undefined && !FUNCTIONS.has(name)) {
-    throw new Error(`the function "${name}" is not known here; there are ${[...FUNCTIONS].join(', ')}`);
-  }
-  if (name === 'matches') refusePattern(node);
+function refuseGrowth(node: ASTNode): void {
   if (node.op === '+' && !(node.args as unknown[]).some(isNumeric)) {
     throw new Error('+ adds numbers only; say so with int(...) or double(...), as in int(variables.a) + 1');
   }
 }
 
+function prepareCall(node: ASTNode): void {
+  const name = calledName(node);
+  if (name === undefined) return;
+  if (!FUNCTIONS.has(name)) {
+    throw new Error(`the function "${name}" is not known here; there are ${[...FUNCTIONS].join(', ')}`);
+  }
+  if (name === 'matches') refusePattern(node);
+  if (SEARCHES.has(name)) (node.args as unknown[])[0] = OURS + name;
+}
+
 /** A pattern that stands in the expression is checked now, not when the first run comes by. */
 function refusePattern(node: ASTNode): void {
   const pattern: unknown = (node.args as unknown[]).flat().at(-1);
-  if (!isNode(pattern) || typeof pattern.args !== 'string' || pattern.op !== 'value') return;
+  if (isNode(pattern) && pattern.op === 'value' && typeof pattern.args === 'string') toPattern(pattern.args);
+}
+
+function toPattern(source: string): RegExp {
   try {
-    new RegExp(pattern.args);
+    return new RegExp(source);
   } catch (error) {
-    throw new Error(`"${pattern.args}" is no regular expression`, { cause: error });
+    throw new Error(`"${source.slice(0, 100)}" is no regular expression`, { cause: error });
   }
 }
 
@@ -167,7 +219,9 @@ function isNumeric(node: unknown): boolean {
 function explain(error: unknown): string {
   if (error instanceof EvaluationLimitError) return error.message;
   if (error instanceof RangeError) return 'it is nested too deeply';
-  if (error instanceof Error && 'summary' in error && typeof error.summary === 'string') return error.summary;
+  if (error instanceof Error && 'summary' in error && typeof error.summary === 'string') {
+    return error.summary.replaceAll(OURS, '');
+  }
   return error instanceof Error ? error.message : 'it failed for an unknown reason';
 }
 

@@ -4,14 +4,13 @@ import type { Agent } from './agents/agent.js';
 import { AGENT_KINDS } from './agents/registry.js';
 import {
   configurationSchema,
-  summarize,
   type AgentDefinition,
   type ConnectionDefinition,
   type WorkflowConfiguration,
 } from './definition.js';
 import { findCycles, type Edge } from './cycles.js';
 import { compileExpression, type Expression } from './expressions.js';
-import { findUnsafeJson, parseShape, toPointer } from './validation.js';
+import { findUnsafeJson, parseShape, refuse, toPointer } from './validation.js';
 
 const POINTER = '/configuration';
 /** More agents of a cycle than this are counted, not named. */
@@ -74,22 +73,21 @@ export interface GraphOptions {
  */
 export function compileGraph(configuration: unknown, options: GraphOptions): Graph {
   const faults = checkLimits(configuration, options.limits);
-  refuse(faults);
+  refuseWorkflow(faults);
   faults.push(...findUnsafeJson(configuration, POINTER));
   const definition = parseShape(configurationSchema, configuration, { pointer: POINTER, faults });
-  refuse(faults);
+  refuseWorkflow(faults);
   if (definition === undefined) throw new AppError('workflow_invalid', 'The workflow is not valid.');
 
   const agents = compileAgents(definition.agents, { models: options.models, faults });
   const connections = compileConnections(definition, faults);
   const order = sortAgents(definition, connections, faults);
-  refuse(faults);
+  refuseWorkflow(faults);
   return link(agents, connections, order);
 }
 
-function refuse(faults: Fault[]): void {
-  if (faults.length > 0)
-    throw new AppError('workflow_invalid', summarize('The workflow is not valid', faults), { faults });
+function refuseWorkflow(faults: Fault[]): void {
+  refuse('workflow_invalid', 'The workflow is not valid', faults);
 }
 
 /** Comes before everything else, so that a huge definition costs nothing. */

@@ -1,11 +1,14 @@
 import type { z } from 'zod';
-import type { Fault } from '../errors.js';
+import { AppError, type ErrorCode, type Fault } from '../errors.js';
 
 /** Names that reach an object's prototype in careless code; refused as ids and as keys wherever clients choose names. */
 const FORBIDDEN_NAMES: ReadonlySet<string> = new Set(['__proto__', 'constructor', 'prototype']);
 
 /** Deeper JSON than this overflows the stack of recursive code that reads it later, JSON.stringify among it. */
 const MAX_DEPTH = 256;
+
+/** A hostile body can have a fault in every few bytes; a client needs no more of them than this. */
+const MAX_FAULTS = 1000;
 
 const NOUNS: Record<string, string> = {
   object: 'an object',
@@ -33,22 +36,24 @@ export function toPointer(base: string, ...segments: PropertyKey[]): string {
 }
 
 /**
- * Finds what no schema sees: forbidden keys at any depth, and nesting beyond 256 levels.
+ * Finds what no schema sees: forbidden keys at any depth, and nesting beyond 256 levels; about 1,000 faults at most.
  * Works without recursion, so that hostile nesting can't overflow the stack here already.
  */
 export function findUnsafeJson(value: unknown, pointer: string): Fault[] {
   const faults: Fault[] = [];
   const pending = [{ value, pointer, depth: 1 }];
-  for (let next = pending.pop(); next !== undefined; next = pending.pop()) {
+  for (let next = pending.pop(); next !== undefined && faults.length < MAX_FAULTS; next = pending.pop()) {
     if (typeof next.value !== 'object' || next.value === null) continue;
     if (next.depth > MAX_DEPTH) {
       faults.push({ pointer: next.pointer, detail: `is nested more than ${MAX_DEPTH} levels deep` });
       continue;
     }
     for (const [key, child] of Object.entries(next.value)) {
+      const isForbidden = isForbiddenName(key);
+      if (!isForbidden && typeof child !== 'object') continue;
       const at = toPointer(next.pointer, key);
-      if (isForbiddenName(key)) faults.push({ pointer: at, detail: `the name "${key}" is not allowed` });
-      else if (typeof child === 'object') pending.push({ value: child, pointer: at, depth: next.depth + 1 });
+      if (isForbidden) faults.push({ pointer: at, detail: `the name "${key}" is not allowed` });
+      else pending.push({ value: child, pointer: at, depth: next.depth + 1 });
     }
   }
   return faults;
@@ -66,13 +71,22 @@ export function parseShape<Schema extends z.ZodType>(
     const pointer = toPointer(at.pointer, ...issue.path);
     if (issue.code === 'unrecognized_keys') {
       // Forbidden names are reported by findUnsafeJson, wherever they are.
-      const keys = issue.keys.filter((key) => !isForbiddenName(key));
-      at.faults.push(...keys.map((key) => unknownProperty(pointer, key)));
+      for (const key of issue.keys) if (!isForbiddenName(key)) at.faults.push(unknownProperty(pointer, key));
     } else {
       at.faults.push({ pointer, detail: describe(issue) });
     }
   }
   return undefined;
+}
+
+/** Throws an `AppError` with all faults, its message `<what>: <first fault> (and n more)`; without faults it does nothing. */
+export function refuse(code: ErrorCode, what: string, faults: readonly Fault[]): void {
+  const [first] = faults;
+  if (first === undefined) return;
+  const more = faults.length === 1 ? '' : ` (and ${faults.length - 1} more)`;
+  throw new AppError(code, `${what}: ${first.pointer} ${first.detail}${more}.`, {
+    faults: faults.slice(0, MAX_FAULTS),
+  });
 }
 
 function unknownProperty(pointer: string, key: string): Fault {

@@ -9,6 +9,8 @@ export class LogSubscription {
   private batches: LogBatch[] = [];
   private waitingCharacters = 0;
   private wake: (() => void) | undefined;
+  /** The process shuts down: nobody is to be kept waiting. */
+  closed = false;
   /** Highest sequence that is known to be committed. Infinity: unknown, the stored rows must be asked. */
   private known = Infinity;
 
@@ -30,6 +32,11 @@ export class LogSubscription {
   /** There may be stored rows that nobody announced. */
   invalidate(): void {
     this.known = Infinity;
+    this.notify();
+  }
+
+  close(): void {
+    this.closed = true;
     this.notify();
   }
 
@@ -62,7 +69,8 @@ export class LogSubscription {
 
   /** Resolves true at the next news, at once if there are some; false after `idleMs` of silence; and when `signal` aborts. */
   async news(cursor: number, options: { signal: AbortSignal; idleMs: number | undefined }): Promise<boolean> {
-    if (this.batches.length > 0 || this.isBehind(cursor) || options.signal.aborted) return true;
+    if (this.batches.length > 0 || this.isBehind(cursor) || this.closed || options.signal.aborted)
+      return true;
     return new Promise((resolve) => {
       const settle = (heard: boolean) => {
         this.wake = undefined;
@@ -86,9 +94,11 @@ export class LogSubscription {
 /** Who reads what in this process. */
 export class LogSubscriptions {
   private readonly byExecution = new Map<string, Set<LogSubscription>>();
+  private closed = false;
 
   add(executionId: string): LogSubscription {
     const subscription = new LogSubscription();
+    subscription.closed = this.closed;
     const subscriptions = this.byExecution.get(executionId);
     if (subscriptions) subscriptions.add(subscription);
     else this.byExecution.set(executionId, new Set([subscription]));
@@ -113,6 +123,14 @@ export class LogSubscriptions {
   invalidateAll(): void {
     for (const subscriptions of this.byExecution.values())
       subscriptions.forEach((subscription) => subscription.invalidate());
+  }
+
+  /** Ends every reader, those to come included. */
+  closeAll(): void {
+    this.closed = true;
+    for (const subscriptions of this.byExecution.values()) {
+      subscriptions.forEach((subscription) => subscription.close());
+    }
   }
 
   executionIds(): string[] {

@@ -1,5 +1,5 @@
 import { Inject, Injectable, Logger } from '@nestjs/common';
-import type { OnApplicationShutdown, OnModuleInit } from '@nestjs/common';
+import type { BeforeApplicationShutdown, OnApplicationShutdown, OnModuleInit } from '@nestjs/common';
 import { Pool } from 'pg';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
@@ -28,7 +28,10 @@ type WriterEnd = { writer: ExecutionLogWriter; end: Parameters<LogWriterHost['en
  * moments, but never leaves a gap), ends commit with it.
  */
 @Injectable()
-export class PostgresEventLog extends EventLog implements OnModuleInit, OnApplicationShutdown, LogWriterHost {
+export class PostgresEventLog
+  extends EventLog
+  implements OnModuleInit, BeforeApplicationShutdown, OnApplicationShutdown, LogWriterHost
+{
   private readonly logger = new Logger(PostgresEventLog.name);
   private readonly subscriptions = new LogSubscriptions();
   private readonly dirty = new Set<ExecutionLogWriter>();
@@ -53,6 +56,11 @@ export class PostgresEventLog extends EventLog implements OnModuleInit, OnApplic
     await this.notifier.start();
   }
 
+  /** After the workers have drained, and before the HTTP server waits for its connections. */
+  beforeApplicationShutdown(): void {
+    this.subscriptions.closeAll();
+  }
+
   /** Late, so that executions that end during the shutdown still get their last chunks in. */
   async onApplicationShutdown(): Promise<void> {
     this.shutdown.abort(new Error('The event log is closed.'));
@@ -71,7 +79,7 @@ export class PostgresEventLog extends EventLog implements OnModuleInit, OnApplic
     const subscription = this.subscriptions.add(executionId);
     try {
       let cursor = after;
-      while (!signal.aborted) {
+      while (!signal.aborted && !subscription.closed) {
         let batch = subscription.take(cursor);
         if (!batch && subscription.isBehind(cursor)) {
           subscription.beginCatchUp(cursor);
