@@ -1,6 +1,8 @@
 import { createHash } from 'node:crypto';
 import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
 import { startTestApp } from '../support/app.js';
+import { createTestDatabase } from '../support/database.js';
+import { ServerProcess } from '../support/studio-process.js';
 import type { TestApp } from '../support/app.js';
 import { Studio, echo, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
 import type { Frame } from '../support/studio.js';
@@ -227,16 +229,39 @@ describe('hostile text', () => {
 });
 
 describe('big output', () => {
-  it('of one chunk of 1 MB has the same hash live and replayed', async () => {
-    const deployment = await studio.deploy(upstreamAgent());
+  it('has the same hash live and replayed, and does not stay in memory', async () => {
+    const words = Array.from({ length: 10_000 }, (_, index) => `w${index} `);
     const big = 'x0123456789abcde'.repeat(65_536);
-    answers.set('big', [big]);
-    const { id, frames } = await whole(deployment, 'big');
-    const hash = (all: Frame[]) => createHash('sha256').update(textOf(all)).digest('hex');
-    expect(hash(frames)).toBe(createHash('sha256').update(big).digest('hex'));
-    expect(hash(await (await studio.follow(id)).frames())).toBe(hash(frames));
+    answers.set('many chunks', words);
+    answers.set('one chunk of 1 MiB', [big]);
+    const database = await createTestDatabase();
+    const provider = { type: 'openai-compatible', base_url: upstream.url };
+    const outside = await ServerProcess.start({
+      DATABASE_URL: database.url,
+      MODEL_PROVIDERS: JSON.stringify({ upstream: provider }),
+    });
+    try {
+      const client = new Studio(outside.url);
+      const deployment = await client.deploy(upstreamAgent());
+      await (await client.stream({ deployment_name: deployment, query: 'warm up' })).frames();
+      const before = await outside.memory();
+      const expected = { 'many chunks': words.join(''), 'one chunk of 1 MiB': big };
+      for (const [query, text] of Object.entries(expected)) {
+        const stream = await client.stream({ deployment_name: deployment, query });
+        const frames = await stream.frames();
+        expect(faultsOfStream(frames, stream.executionId)).toEqual([]);
+        expect(hash(frames)).toBe(createHash('sha256').update(text).digest('hex'));
+        expect(hash(await (await client.follow(stream.executionId)).frames())).toBe(hash(frames));
+      }
+      expect((await outside.memory()).peak - before.now).toBeLessThan(100 * 1024 * 1024);
+    } finally {
+      await outside.stop();
+      await database.drop();
+    }
   });
 });
+
+const hash = (frames: Frame[]) => createHash('sha256').update(textOf(frames)).digest('hex');
 
 it('leaves no stream open and nothing in the queue', async () => {
   const metric = (text: string, name: string) =>
