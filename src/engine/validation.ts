@@ -35,28 +35,47 @@ export function toPointer(base: string, ...segments: PropertyKey[]): string {
   );
 }
 
+/** A value inside a JSON document, by the way that leads to it: pointers are written only for faults. */
+interface Place {
+  value: unknown;
+  key: PropertyKey;
+  parent?: Place;
+  depth: number;
+}
+
 /**
  * Finds what no schema sees: forbidden keys at any depth, and nesting beyond 256 levels; about 1,000 faults at most.
  * Works without recursion, so that hostile nesting can't overflow the stack here already.
  */
 export function findUnsafeJson(value: unknown, pointer: string): Fault[] {
   const faults: Fault[] = [];
-  const pending = [{ value, pointer, depth: 1 }];
-  for (let next = pending.pop(); next !== undefined && faults.length < MAX_FAULTS; next = pending.pop()) {
-    if (typeof next.value !== 'object' || next.value === null) continue;
-    if (next.depth > MAX_DEPTH) {
-      faults.push({ pointer: next.pointer, detail: `is nested more than ${MAX_DEPTH} levels deep` });
+  const pending: Place[] = [{ value, key: '', depth: 0 }];
+  for (let place = pending.pop(); place && faults.length < MAX_FAULTS; place = pending.pop()) {
+    const { value: container, depth } = place;
+    if (typeof container !== 'object' || container === null) continue;
+    if (depth >= MAX_DEPTH) {
+      faults.push({
+        pointer: locate(place, pointer),
+        detail: `is nested more than ${MAX_DEPTH} levels deep`,
+      });
       continue;
     }
-    for (const [key, child] of Object.entries(next.value)) {
-      const isForbidden = isForbiddenName(key);
-      if (!isForbidden && typeof child !== 'object') continue;
-      const at = toPointer(next.pointer, key);
-      if (isForbidden) faults.push({ pointer: at, detail: `the name "${key}" is not allowed` });
-      else pending.push({ value: child, pointer: at, depth: next.depth + 1 });
+    for (const key of Array.isArray(container) ? container.keys() : Object.keys(container)) {
+      const child: Place = { value: Reflect.get(container, key), key, parent: place, depth: depth + 1 };
+      if (typeof key === 'string' && isForbiddenName(key)) {
+        faults.push({ pointer: locate(child, pointer), detail: `the name "${key}" is not allowed` });
+      } else if (typeof child.value === 'object') {
+        pending.push(child);
+      }
     }
   }
   return faults;
+}
+
+function locate(place: Place, base: string): string {
+  const keys: PropertyKey[] = [];
+  for (let at = place; at.parent !== undefined; at = at.parent) keys.push(at.key);
+  return toPointer(base, ...keys.reverse());
 }
 
 /** Checks `value` against `schema`; what is wrong goes into `faults`, and then nothing is returned. */

@@ -44,10 +44,14 @@ export interface ChunkOrigin {
   execution_id: string;
 }
 
+/** Line breaks of Unicode that JSON leaves as they are; Python's `splitlines` and others cut at them. */
+const UNICODE_LINE_BREAKS = /[\u0085\u2028\u2029]/g;
+const escapeLineBreak = (character: string) => `\\u${character.charCodeAt(0).toString(16).padStart(4, '0')}`;
+
 /**
  * Serializes a chunk once; the same string goes into the log's row and into every client's frame. It never contains
- * a line break (JSON escapes them), so a row can join chunks by LF, and lone surrogates are escaped (ECMA-262
- * well-formed JSON.stringify), so that the text is always valid UTF-8.
+ * a line break, so a row can join chunks by LF, and a client may split lines as its language does. Lone surrogates are
+ * escaped (ECMA-262 well-formed JSON.stringify), so that the text is always valid UTF-8.
  */
 export function serializeChunk(
   content: ChunkContent,
@@ -69,7 +73,7 @@ export function serializeChunk(
     discard_after: content.discard_after,
     timestamp: at.toISOString(),
   };
-  return JSON.stringify(chunk);
+  return JSON.stringify(chunk).replace(UNICODE_LINE_BREAKS, escapeLineBreak);
 }
 
 const TERMINAL_CHUNK = /^\{"type":"status","status":"(?:completed|error|cancelled)"/;

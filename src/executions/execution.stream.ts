@@ -1,4 +1,5 @@
 import { once } from 'node:events';
+import type { OutgoingHttpHeaders } from 'node:http';
 import { setImmediate as nextTurn, setTimeout as sleep } from 'node:timers/promises';
 import { Inject, Injectable } from '@nestjs/common';
 import type { MessageEvent } from '@nestjs/common';
@@ -13,6 +14,21 @@ import { Metrics } from '../metrics.js';
 import type { ExecuteDto } from './executions.dto.js';
 import { ExecutionsReader } from './executions.reader.js';
 import { ExecutionsService } from './executions.service.js';
+
+/**
+ * In place of Nest's: without a charset some clients decode Latin-1 (`text/*` of old), and its `Cache-Control` says more
+ * than the API promises.
+ */
+const HEADERS = {
+  'Content-Type': 'text/event-stream; charset=utf-8',
+  'Cache-Control': 'no-cache, no-transform',
+};
+
+/**
+ * Characters that are sent at once. The next piece follows an interval later, so that a client whose code takes each
+ * read for whole lines, as many do, gets whole lines: reads are of 64 KiB.
+ */
+const MOST_CHARACTERS = 48 * 1024;
 
 /** How long a client shall wait before it reconnects (`retry:` of the HTML standard, section 9.2.6). */
 const RECONNECT_MS = 1000;
@@ -55,6 +71,7 @@ export class ExecutionStreams {
 
   /** Completes after the terminal chunk; unsubscribing frees everything at once. */
   private open(request: StreamRequest): Observable<MessageEvent> {
+    useStreamFormat(request.response);
     return new Observable((subscriber) => {
       const gone = new AbortController();
       this.metrics.openStreams.inc();
@@ -73,45 +90,67 @@ export class ExecutionStreams {
     { subscriber, signal }: { subscriber: Subscriber<MessageEvent>; signal: AbortSignal },
   ): Promise<void> {
     const interval = this.config.STREAM_FLUSH_INTERVAL_MS;
+    const client = { execution_id, subscriber, response };
     let sentAt = -Infinity;
-    let retry: number | undefined = RECONNECT_MS;
     for await (const batch of this.log.read(execution_id, after, {
       signal,
       idleMs: this.config.HEARTBEAT_INTERVAL_MS,
     })) {
-      const early = sentAt + interval - performance.now();
-      if (early >= 1 && batch.chunks.length > 0) await pause(early, signal);
-      if (signal.aborted) return;
-      emit(batch, { execution_id, retry, subscriber, response });
-      if (batch.chunks.length > 0) retry = undefined;
-      sentAt = performance.now();
-      await drained(response, signal);
+      if (batch.chunks.length === 0) subscriber.next({ comment: 'heartbeat' });
+      for (let sequence = batch.first; sequence <= batch.last;) {
+        const early = sentAt + interval - performance.now();
+        if (early >= 1) await pause(early, signal);
+        if (signal.aborted) return;
+        sequence = emit(batch, {
+          ...client,
+          sequence,
+          retry: sentAt === -Infinity ? RECONNECT_MS : undefined,
+        });
+        sentAt = performance.now();
+        await drained(response, signal);
+      }
     }
   }
 }
 
+/** Sends some of a batch, from `sequence` on; returns the sequence to go on with. */
 function emit(
   batch: LogBatch,
   to: {
     execution_id: string;
+    sequence: number;
     retry: number | undefined;
     subscriber: Subscriber<MessageEvent>;
     response: Response;
   },
-): void {
-  if (batch.chunks.length === 0) {
-    to.subscriber.next({ comment: 'heartbeat' });
-    return;
-  }
-  // One system call for the batch, though every chunk is a frame of its own.
+): number {
+  let { sequence, retry } = to;
+  // One system call, though every chunk is a frame of its own.
   to.response.cork();
-  let sequence = batch.first;
-  let retry = to.retry;
-  for (const data of batch.chunks) {
-    to.subscriber.next({ id: `${to.execution_id}:${sequence++}`, retry, data });
+  for (let characters = 0; sequence <= batch.last && characters < MOST_CHARACTERS; sequence++) {
+    const data = batch.chunks[sequence - batch.first] ?? '';
+    characters += data.length;
+    to.subscriber.next({ id: `${to.execution_id}:${sequence}`, retry, data });
     retry = undefined;
   }
   setImmediate(() => to.response.uncork());
+  return sequence;
+}
+
+/** Makes of Nest's answer what the API promises: its headers, and no empty line before the first frame. */
+function useStreamFormat(response: Response): void {
+  const writeHead = response.writeHead.bind(response) as (
+    status: number,
+    headers: OutgoingHttpHeaders,
+  ) => Response;
+  response.writeHead = ((status: number, headers: OutgoingHttpHeaders) =>
+    writeHead(status, { ...headers, ...HEADERS })) as Response['writeHead'];
+  const write = response.write.bind(response) as (text: string, ...rest: unknown[]) => boolean;
+  response.write = ((text: string, ...rest: unknown[]) => {
+    response.write = write as Response['write'];
+    // Some clients take it for an event without data.
+    return text === '\n' || write(text, ...rest);
+  }) as Response['write'];
 }
 
 /**

@@ -1,0 +1,180 @@
+import { spawnSync } from 'node:child_process';
+import { once } from 'node:events';
+import { mkdtemp, readdir, rm, stat } from 'node:fs/promises';
+import { createServer } from 'node:http';
+import type { AddressInfo } from 'node:net';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from '@jest/globals';
+import { startTestApp } from '../support/app.js';
+import type { TestApp } from '../support/app.js';
+import { serversBelow } from '../support/server-processes.js';
+import { runProgram, startSseProxy } from '../support/sse.js';
+import type { StreamFault } from '../support/sse.js';
+
+const repository = join(import.meta.dirname, '../..');
+const verify = (url: string) =>
+  runProgram([process.execPath, join(repository, 'scripts/verify.mjs'), '--url', url]);
+
+describe('npm run verify', () => {
+  let app: TestApp;
+  beforeAll(async () => {
+    app = await startTestApp();
+  });
+  afterAll(() => app.close());
+
+  /** Its own, of every run, are gone. */
+  async function expectNothingLeft(): Promise<void> {
+    for (const path of ['/api/workflows', '/api/workflows/deployments/active']) {
+      expect(await (await fetch(app.url + path)).json()).toEqual([]);
+    }
+  }
+
+  it('finds nothing wrong with the server', async () => {
+    const { code, stdout, stderr } = await verify(app.url);
+
+    expect(stdout).not.toContain('FAILED');
+    expect(stdout).toMatch(/\n\d\d held, 0 failed\n$/);
+    expect({ code, stderr }).toEqual({ code: 0, stderr: '' });
+    await expectNothingLeft();
+  });
+
+  const order = '`started` is first, one terminal chunk is last, and the numbers have no gap';
+  const framing = 'each event has an id and one line of data, ends with LF and a blank line';
+  const fields = 'each chunk has the documented fields and no other';
+  const headers = 'a streamed run answers with an uncompressed, unbuffered event stream';
+  const text = 'the chunks together are, byte for byte, the answer of the execution and of its agent';
+
+  it.each<[string, string, StreamFault]>([
+    ['loses a chunk', order, { rewrite: blocks((all) => all.toSpliced(4, 1)) }],
+    ['repeats a chunk', order, { rewrite: blocks((all) => all.toSpliced(4, 0, all[4] ?? '')) }],
+    [
+      'swaps two chunks',
+      order,
+      { rewrite: blocks((all) => [...all.slice(0, 3), ...all.slice(3, 5).reverse(), ...all.slice(5)]) },
+    ],
+    ['ends without a terminal chunk', order, { rewrite: blocks((all) => all.slice(0, -1)) }],
+    ['ends its lines with CR LF', framing, { rewrite: (stream) => stream.replaceAll('\n', '\r\n') }],
+    ['leaves out the last blank line', framing, { rewrite: (stream) => stream.slice(0, -1) }],
+    [
+      'names its events',
+      framing,
+      { rewrite: (stream) => stream.replaceAll('data: ', 'event: message\ndata: ') },
+    ],
+    [
+      'sends retry by itself',
+      framing,
+      { rewrite: (stream) => stream.replace(/id: (.*)\nretry: (.*)\n/, 'retry: $2\n\nid: $1\n') },
+    ],
+    [
+      'adds a field',
+      fields,
+      { rewrite: (stream) => stream.replaceAll('"type":"content"', '"type":"content","delta":"x"') },
+    ],
+    [
+      'tells the time without milliseconds',
+      fields,
+      { rewrite: (stream) => stream.replaceAll(/\.\d{3}Z/g, 'Z') },
+    ],
+    ['changes the text', text, { rewrite: (stream) => stream.replaceAll('offline', 'of fline') }],
+    ['allows a cache to transform', headers, { headers: { 'cache-control': 'no-cache' } }],
+    ['may be buffered by nginx', headers, { headers: { 'x-accel-buffering': 'yes' } }],
+  ])('notices a server that %s', async (_fault, promise, fault) => {
+    const proxy = await startSseProxy(app.url, fault);
+    try {
+      const { code, stdout } = await verify(proxy.url);
+
+      expect(stdout).toContain(`FAILED  ${promise}`);
+      expect(stdout).toMatch(/\n\d+ held, [1-9]\d* failed\n$/);
+      expect(code).toBe(1);
+    } finally {
+      await proxy.close();
+    }
+    await expectNothingLeft();
+  });
+
+  it('says how to go on where there is no server', async () => {
+    const server = createServer().listen(0, '127.0.0.1');
+    await once(server, 'listening');
+    const { port } = server.address() as AddressInfo;
+    server.close();
+    await once(server, 'close');
+
+    const { code, stderr } = await verify(`http://127.0.0.1:${port}`);
+
+    expect(stderr).toContain(`No answer from http://127.0.0.1:${port} (ECONNREFUSED).`);
+    expect(stderr).toContain('npm start');
+    expect(code).toBe(1);
+  });
+});
+
+describe('npm run demo', () => {
+  let folder: string;
+  beforeAll(buildIfNeeded, 120_000);
+  beforeEach(async () => {
+    folder = await mkdtemp(join(tmpdir(), 'agent-studio-test-'));
+  });
+  afterEach(() => rm(folder, { recursive: true, force: true }));
+
+  const demo = (onOutput?: (stdout: string, pid: number) => void) => {
+    const env = { TMPDIR: folder, MODEL_PROVIDERS: '', LOG_LEVEL: '' };
+    return runProgram([process.execPath, join(repository, 'scripts/demo.mjs')], { env, onOutput });
+  };
+
+  async function expectNothingLeft(stdout: string): Promise<void> {
+    expect((await readdir(folder)).filter((name) => name.startsWith('agent-studio-demo-'))).toEqual([]);
+    expect(serversBelow(folder)).toEqual([]);
+    const [url] = /http:\/\/127\.0\.0\.1:\d+/.exec(stdout) ?? ['none'];
+    await expect(fetch(url)).rejects.toThrow('fetch failed');
+  }
+
+  it('shows the stream, the steps, a resumption, the statistics and an error, and leaves nothing behind', async () => {
+    const { code, stdout, stderr } = await demo();
+
+    expect({ code, stderr }).toEqual({ code: 0, stderr: '' });
+    expect(stdout).toMatch(/\n +#1 +\d+ ms {2}started\n +#2 +\d+ ms {2}This is the built-in offline model/);
+    const last = /#(\d+) +\d+ ms {2}completed\n/.exec(stdout)?.[1];
+    expect(stdout).toMatch(new RegExp(`goes on with #\\d+ and ends with #${last}: .*none lost, none twice`));
+    expect(stdout).toMatch(/editor +completed +\d+ ms/);
+    expect(stdout).toContain('executions        2, of which 2 succeeded; error rate 0 %');
+    expect(stdout).toContain('404 deployment_not_found: There is no deployment "no-such-desk".');
+    expect(stdout).not.toContain('\u001b'); // it is no terminal
+    await expectNothingLeft(stdout);
+  });
+
+  it('leaves nothing behind when it is interrupted', async () => {
+    let isInterrupted = false;
+    const { code, stdout, stderr } = await demo((output, pid) => {
+      if (isInterrupted || !output.includes('ready after')) return;
+      isInterrupted = true;
+      process.kill(pid, 'SIGINT');
+    });
+
+    expect(stderr).toContain('Stopped by SIGINT.');
+    expect(stdout).not.toContain('Done.');
+    expect(code).toBe(1);
+    await expectNothingLeft(stdout);
+  });
+});
+
+/** Changes the list of a stream's events. */
+function blocks(change: (blocks: string[]) => string[]): (stream: string) => string {
+  return (stream) => {
+    const all = stream.replace(/^\n/, '').split('\n\n').slice(0, -1);
+    return change(all)
+      .map((block) => `${block}\n\n`)
+      .join('');
+  };
+}
+
+/** The demo starts what `nest build` made; `npm test` has just done that. */
+async function buildIfNeeded(): Promise<void> {
+  const built = await stat(join(repository, 'dist/main.js')).catch(() => undefined);
+  const sources = await readdir(join(repository, 'src'), { recursive: true });
+  const changes = await Promise.all(sources.map((name) => stat(join(repository, 'src', name))));
+  const isCurrent = built && changes.every(({ mtimeMs }) => mtimeMs <= built.mtimeMs);
+  if (isCurrent) return;
+  const nest = join(repository, 'node_modules/.bin/nest');
+  const { status, stdout } = spawnSync(nest, ['build'], { cwd: repository, encoding: 'utf8' });
+  if (status !== 0) throw new Error(`nest build failed: ${stdout}`);
+}

@@ -1,0 +1,115 @@
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { createServer, request } from 'node:http';
+import type { IncomingHttpHeaders, IncomingMessage, ServerResponse } from 'node:http';
+import type { AddressInfo } from 'node:net';
+import { setImmediate as nextTurn } from 'node:timers/promises';
+
+const PROGRAM_TIMEOUT_MS = 50_000;
+
+/** What a proxy does to the event streams that go through it; everything else passes as it is. */
+export interface StreamFault {
+  /** Bytes that are sent on at once, so that lines and characters arrive in parts. Default: all that is there. */
+  pieceSize?: number;
+  /** Cuts the n-th stream (the first is 0) before the byte with the index that this gives; none: it passes whole. */
+  cutAt?: (stream: number, received: Buffer) => number | undefined;
+  /** Changes a whole stream. */
+  rewrite?: (text: string) => string;
+  headers?: Record<string, string>;
+}
+
+export interface SseProxy {
+  url: string;
+  /** The requests that were answered with a stream: what they asked for, and after which event. */
+  streams: { path: string; lastEventId: string | undefined }[];
+  close(): Promise<void>;
+}
+
+/** A proxy before a server that treats event streams badly, as networks do. */
+export async function startSseProxy(target: string, fault: StreamFault): Promise<SseProxy> {
+  const streams: SseProxy['streams'] = [];
+  const server = createServer((incoming, outgoing) => {
+    const { method, url, headers } = incoming;
+    const forwarded = request(new URL(url ?? '/', target), { method, headers, agent: false });
+    forwarded.on('error', () => outgoing.destroy());
+    forwarded.on('response', (answer) => {
+      const isStream = answer.headers['content-type']?.startsWith('text/event-stream');
+      outgoing.writeHead(answer.statusCode ?? 502, { ...answer.headers, ...(isStream ? fault.headers : {}) });
+      if (!isStream) return void answer.pipe(outgoing);
+      outgoing.flushHeaders();
+      const index = streams.push({ path: url ?? '', lastEventId: lastEventIdOf(headers) }) - 1;
+      // Where one side has gone, the other one goes, too.
+      pass(answer, outgoing, { fault, index }).catch(() => outgoing.destroy());
+    });
+    incoming.pipe(forwarded);
+  });
+  server.listen(0, '127.0.0.1');
+  await once(server, 'listening');
+  const { port } = server.address() as AddressInfo;
+  const close = async () => {
+    server.closeAllConnections();
+    server.close();
+    await once(server, 'close');
+  };
+  return { url: `http://127.0.0.1:${port}`, streams, close };
+}
+
+function lastEventIdOf(headers: IncomingHttpHeaders): string | undefined {
+  const value = headers['last-event-id'];
+  return typeof value === 'string' ? value : undefined;
+}
+
+async function pass(
+  answer: IncomingMessage,
+  outgoing: ServerResponse,
+  { fault, index }: { fault: StreamFault; index: number },
+): Promise<void> {
+  const { pieceSize = Infinity, cutAt, rewrite } = fault;
+  outgoing.on('close', () => answer.destroy());
+  let received = Buffer.alloc(0);
+  let sent = 0;
+  for await (const data of answer as AsyncIterable<Buffer>) {
+    received = Buffer.concat([received, data]);
+    if (rewrite) continue;
+    const cut = cutAt?.(index, received);
+    while (sent < (cut ?? received.length)) {
+      const piece = received.subarray(sent, Math.min(sent + pieceSize, cut ?? received.length));
+      await new Promise((resolve) => outgoing.write(piece, resolve));
+      sent += piece.length;
+      await nextTurn();
+    }
+    if (cut !== undefined) return void outgoing.destroy();
+  }
+  outgoing.end(rewrite?.(received.toString()));
+}
+
+/** What a program printed and how it ended. */
+export interface ProgramResult {
+  code: number | null;
+  stdout: string;
+  stderr: string;
+}
+
+/** Runs a program to its end, for 50 s at most; the variables are added to those of this process. */
+export async function runProgram(
+  [program = '', ...args]: string[],
+  {
+    env = {},
+    onOutput,
+  }: { env?: Record<string, string>; onOutput?: (stdout: string, pid: number) => void } = {},
+): Promise<ProgramResult> {
+  const child = spawn(program, args, {
+    env: { ...process.env, no_proxy: '127.0.0.1', ...env },
+    stdio: ['ignore', 'pipe', 'pipe'],
+    // Ends before the test does, so that none outlives it.
+    timeout: PROGRAM_TIMEOUT_MS,
+  });
+  const result: ProgramResult = { code: null, stdout: '', stderr: '' };
+  child.stdout.setEncoding('utf8').on('data', (text: string) => {
+    result.stdout += text;
+    onOutput?.(result.stdout, child.pid ?? 0);
+  });
+  child.stderr.setEncoding('utf8').on('data', (text: string) => (result.stderr += text));
+  [result.code] = (await once(child, 'close')) as [number | null];
+  return result;
+}
