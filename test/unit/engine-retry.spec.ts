@@ -206,6 +206,11 @@ describe('the timeout of a model call', () => {
     expect((await run2).status).toBe('aborted');
   });
 
+  it('is not blamed for other failures', async () => {
+    const { outcome } = await ask(fails(new AppError('model_error', 'Refused.')), { timeout: 5 });
+    expect(outcome.error).toEqual({ code: 'model_error', message: 'Refused.' });
+  });
+
   it('does not hide an abort of the run', async () => {
     const controller = new AbortController();
     const asked = deferred();

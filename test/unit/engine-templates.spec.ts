@@ -127,29 +127,63 @@ describe('a template', () => {
 
   it('is ended when it takes too long, too much memory, or gives too much text', () => {
     const big = 'x'.repeat(100_000);
+    const late = /longer than 500 ms|template render limit exceeded/;
+    const memory = /memory|longer than 500 ms/;
     const bombs: [string, RegExp][] = [
+      ['{% for i in (1..3000) %}{% for j in (1..3000) %}{% assign x = i %}{% endfor %}{% endfor %}', late],
+      ['{{ variables.long }}'.repeat(4000), late],
+      ['{% for i in (1..100000000) %}x{% endfor %}', memory],
+      ['{% assign x = "aaaaaaaa" %}{% for i in (1..60) %}{% assign x = x | append: x %}{% endfor %}', memory],
+      ['{% for i in (1..100000) %}{{ variables.big }}{% endfor %}', /too long|longer than 500 ms/],
       [
-        '{% for i in (1..3000) %}{% for j in (1..3000) %}{% assign x = i %}{% endfor %}{% endfor %}',
-        /longer than 250 ms/,
+        '{% for i in (1..60) %}{{ variables.big }}{% endfor %}',
+        /longer than 5000000 characters|longer than 500 ms/,
       ],
-      ['{% for i in (1..100000000) %}x{% endfor %}', /memory/],
-      [
-        '{% assign x = "aaaaaaaa" %}{% for i in (1..60) %}{% assign x = x | append: x %}{% endfor %}',
-        /memory/,
-      ],
-      ['{% for i in (1..100000) %}{{ variables.big }}{% endfor %}', /too long/],
-      ['{% for i in (1..60) %}{{ variables.big }}{% endfor %}', /longer than 5000000 characters/],
       [
         '{% capture c %}{% for i in (1..4000) %}{{ variables.big }}{% endfor %}{% endcapture %}{{ c | split: "" | size }}',
-        /memory/,
+        memory,
       ],
-      ['{{ "now" | date: "%1000000000d" }}', /memory/],
+      ['{{ "now" | date: "%1000000000d" }}', memory],
     ];
+    const long = Array.from({ length: 100_000 }, () => 1);
     for (const [source, message] of bombs) {
-      const error = renderError(source, { variables: { big } });
+      const error = renderError(source, { variables: { big, long } });
       expect(error.code).toBe('agent_error');
       expect(error.message).toMatch(message);
     }
+  });
+
+  it('is ended also within a single tag', () => {
+    const variables = { text: 'a'.repeat(20_000), part: 'a'.repeat(4000) + 'b' + 'a'.repeat(4000) };
+    const many = Array.from({ length: 500 }, () => 'variables.text contains variables.part').join(' or ');
+    expect(renderError(`{% if ${many} %}{% endif %}`, { variables }).message).toContain('longer than 500 ms');
+  });
+
+  it('refuses searches that nothing could interrupt', () => {
+    const variables = { text: 'a'.repeat(400_000), part: 'a'.repeat(100_000) + 'b' + 'a'.repeat(100_000) };
+    for (const search of [
+      'variables.text | split: variables.part',
+      'variables.text | replace: variables.part, ""',
+      'variables.text | replace_first: variables.part, ""',
+      'variables.text | replace_last: variables.part, ""',
+      'variables.text | remove: variables.part',
+      'variables.text | remove_first: variables.part',
+      'variables.text | remove_last: variables.part',
+    ]) {
+      expect(renderError(`{{ ${search} }}`, { variables }).message).toContain(
+        'it searches a text of 400000 characters for one of 200001',
+      );
+    }
+    expect(
+      renderError('{% if variables.text contains variables.part %}{% endif %}', { variables }).message,
+    ).toContain('it searches a text');
+    expect(render('{{ query | replace: "a", "b" | split: "b" | join: "-" }}', { query: 'xay' })).toBe('x-y');
+    expect(
+      render('{% if query contains "a" and variables.l contains 2 %}y{% endif %}', {
+        query: 'xay',
+        variables: { l: [1, 2] },
+      }),
+    ).toBe('y');
   });
 
   it('works again after it was ended', () => {
@@ -162,7 +196,7 @@ describe('a template', () => {
       variables: { l: Array.from({ length }, () => 1) },
       chat_history: [],
     });
-    expect(() => template?.render(scope(2000), () => nothingEarlier)).toThrow('250 ms');
+    expect(() => template?.render(scope(2000), () => nothingEarlier)).toThrow(/500 ms|render limit/);
     expect(template?.render(scope(2), () => nothingEarlier)).toBe('abababab');
   });
 
