@@ -1,4 +1,4 @@
-import { serializeChunk } from './chunk.js';
+import { ChunkSerializer } from './chunk.js';
 import type { ChunkContent } from './chunk.js';
 import { FencedError } from './event-log.js';
 import type { ExecutionEnd, LogBatch, LogOwner, LogWriter } from './event-log.js';
@@ -29,6 +29,7 @@ export interface LogWriterHost {
 /** Numbers the chunks of one execution and collects them until the next flush. */
 export class ExecutionLogWriter implements LogWriter {
   private readonly fence = new AbortController();
+  private readonly serializer: ChunkSerializer;
   private chunks: string[] = [];
   private characters = 0;
   private hasContent = false;
@@ -46,6 +47,7 @@ export class ExecutionLogWriter implements LogWriter {
     readonly owner: LogOwner,
     private readonly host: LogWriterHost,
   ) {
+    this.serializer = new ChunkSerializer(owner);
     this.sequence = owner.last_sequence;
     this.committedSequence = owner.last_sequence;
   }
@@ -63,7 +65,7 @@ export class ExecutionLogWriter implements LogWriter {
   }
 
   append(content: ChunkContent): void {
-    const line = serializeChunk(content, this.owner, ++this.sequence, new Date());
+    const line = this.serializer.serialize(content, ++this.sequence);
     this.chunks.push(line);
     this.characters += line.length;
     if (content.type === 'content') this.hasContent = true;
@@ -92,7 +94,7 @@ export class ExecutionLogWriter implements LogWriter {
     const finishedAt = new Date();
     const sequence = ++this.sequence;
     const status = { type: 'status', status: end.status, error: end.error, code: end.code } as const;
-    const chunk = serializeChunk(status, this.owner, sequence, finishedAt);
+    const chunk = this.serializer.serialize(status, sequence, finishedAt.getTime());
     if (!(await this.host.end(this, { ...end, sequence, chunk, finished_at: finishedAt }))) this.shutOut();
     this.fence.signal.throwIfAborted();
   }

@@ -1,6 +1,4 @@
-import { once } from 'node:events';
-import type { OutgoingHttpHeaders } from 'node:http';
-import { setImmediate as nextTurn, setTimeout as sleep } from 'node:timers/promises';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { Inject, Injectable } from '@nestjs/common';
 import type { MessageEvent } from '@nestjs/common';
 import type { Response } from 'express';
@@ -14,15 +12,7 @@ import { Metrics } from '../metrics.js';
 import type { ExecuteDto } from './executions.dto.js';
 import { ExecutionsReader } from './executions.reader.js';
 import { ExecutionsService } from './executions.service.js';
-
-/**
- * In place of Nest's: without a charset some clients decode Latin-1 (`text/*` of old), and its `Cache-Control` says more
- * than the API promises.
- */
-const HEADERS = {
-  'Content-Type': 'text/event-stream; charset=utf-8',
-  'Cache-Control': 'no-cache, no-transform',
-};
+import { FrameOutput } from './frame-output.js';
 
 /**
  * Characters that are sent at once. The next piece follows an interval later, so that a client whose code takes each
@@ -71,11 +61,11 @@ export class ExecutionStreams {
 
   /** Completes after the terminal chunk; unsubscribing frees everything at once. */
   private open(request: StreamRequest): Observable<MessageEvent> {
-    useStreamFormat(request.response);
+    const output = new FrameOutput(request.response);
     return new Observable((subscriber) => {
       const gone = new AbortController();
       this.metrics.openStreams.inc();
-      this.send(request, { subscriber, signal: gone.signal })
+      this.send(request, { output, subscriber, signal: gone.signal })
         .then(
           () => subscriber.complete(),
           (error: unknown) => subscriber.error(error),
@@ -86,11 +76,15 @@ export class ExecutionStreams {
   }
 
   private async send(
-    { execution_id, after, response }: StreamRequest,
-    { subscriber, signal }: { subscriber: Subscriber<MessageEvent>; signal: AbortSignal },
+    { execution_id, after }: StreamRequest,
+    {
+      output,
+      subscriber,
+      signal,
+    }: { output: FrameOutput; subscriber: Subscriber<MessageEvent>; signal: AbortSignal },
   ): Promise<void> {
     const interval = this.config.STREAM_FLUSH_INTERVAL_MS;
-    const client = { execution_id, subscriber, response };
+    const client = { execution_id, output, subscriber };
     let sentAt = -Infinity;
     for await (const batch of this.log.read(execution_id, after, {
       signal,
@@ -107,7 +101,7 @@ export class ExecutionStreams {
           retry: sentAt === -Infinity ? RECONNECT_MS : undefined,
         });
         sentAt = performance.now();
-        await drained(response, signal);
+        await output.drained(signal);
       }
     }
   }
@@ -120,49 +114,21 @@ function emit(
     execution_id: string;
     sequence: number;
     retry: number | undefined;
+    output: FrameOutput;
     subscriber: Subscriber<MessageEvent>;
-    response: Response;
   },
 ): number {
-  let { sequence, retry } = to;
-  // One system call, though every chunk is a frame of its own.
-  to.response.cork();
-  for (let characters = 0; sequence <= batch.last && characters < MOST_CHARACTERS; sequence++) {
-    const data = batch.chunks[sequence - batch.first] ?? '';
-    characters += data.length;
-    to.subscriber.next({ id: `${to.execution_id}:${sequence}`, retry, data });
-    retry = undefined;
+  const from = to.sequence - batch.first;
+  let end = from;
+  for (let characters = 0; end < batch.chunks.length && characters < MOST_CHARACTERS; end++) {
+    characters += batch.chunks[end]?.length ?? 0;
   }
-  setImmediate(() => to.response.uncork());
-  return sequence;
-}
-
-/** Makes of Nest's answer what the API promises: its headers, and no empty line before the first frame. */
-function useStreamFormat(response: Response): void {
-  const writeHead = response.writeHead.bind(response) as (
-    status: number,
-    headers: OutgoingHttpHeaders,
-  ) => Response;
-  response.writeHead = ((status: number, headers: OutgoingHttpHeaders) =>
-    writeHead(status, { ...headers, ...HEADERS })) as Response['writeHead'];
-  const write = response.write.bind(response) as (text: string, ...rest: unknown[]) => boolean;
-  response.write = ((text: string, ...rest: unknown[]) => {
-    response.write = write as Response['write'];
-    // Some clients take it for an event without data.
-    return text === '\n' || write(text, ...rest);
-  }) as Response['write'];
-}
-
-/**
- * Resolves once the client's socket has taken what was sent. `@Sse` can't pause a producer, it would queue for a slow
- * client without end; so the log is read on only when this resolves.
- */
-async function drained(response: Response, signal: AbortSignal): Promise<void> {
-  await nextTurn(); // Nest writes the events of a batch in microtasks
-  while (response.writableNeedDrain && !signal.aborted) {
-    await once(response, 'drain', { signal }).catch(() => undefined); // only the abort rejects, and it ends the loop
-    await nextTurn();
-  }
+  to.output.gather(end - from);
+  batch.chunks.slice(from, end).forEach((data, index) => {
+    const retry = index === 0 ? to.retry : undefined;
+    to.subscriber.next({ id: `${to.execution_id}:${to.sequence + index}`, retry, data });
+  });
+  return batch.first + end;
 }
 
 async function pause(ms: number, signal: AbortSignal): Promise<void> {

@@ -8,7 +8,7 @@ import { DeploymentsService } from '../deployments/deployments.service.js';
 import { parseOverrides } from '../engine/definition.js';
 import { AppError, ERROR_CODES } from '../errors.js';
 import type { ErrorCode } from '../errors.js';
-import { serializeChunk } from '../event-log/chunk.js';
+import { ChunkSerializer } from '../event-log/chunk.js';
 import { EventLog } from '../event-log/event-log.js';
 import { Metrics } from '../metrics.js';
 import { ModelRegistry } from '../models/model-registry.js';
@@ -92,7 +92,8 @@ export class ExecutionsService {
     const execution_id = uuidv7();
     const created_at = new Date();
     const started = { type: 'status', status: 'started' } as const;
-    const chunk = serializeChunk(started, { deployment_name, workflow_id, execution_id }, 1, created_at);
+    const serializer = new ChunkSerializer({ deployment_name, workflow_id, execution_id });
+    const chunk = serializer.serialize(started, 1, created_at.getTime());
     const inserted = this.pool.query({
       ...ACCEPT,
       values: [
