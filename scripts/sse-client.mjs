@@ -24,12 +24,17 @@ export class Client {
    * @returns {Promise<Response>} its body is still to be read
    */
   async open(method, path, { body, headers = {} } = {}) {
-    const type = body === undefined ? {} : { 'content-type': 'application/json' };
+    const json =
+      body === undefined
+        ? { headers }
+        : {
+            headers: { 'content-type': 'application/json', ...headers },
+            body: typeof body === 'string' ? body : JSON.stringify(body),
+          };
     try {
       return await fetch(this.url + path, {
         method,
-        headers: { ...type, ...headers },
-        body: body === undefined ? undefined : typeof body === 'string' ? body : JSON.stringify(body),
+        ...json,
         signal: AbortSignal.any([this.signal, AbortSignal.timeout(this.timeoutMs)]),
       });
     } catch (error) {

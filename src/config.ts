@@ -2,6 +2,7 @@ import { existsSync } from 'node:fs';
 import { z } from 'zod';
 
 const MAX_TIMER_MS = 2_147_483_647;
+const PROVIDER_NAME = /^[a-z0-9][a-z0-9_-]*$/;
 
 const integer = (min: number, max: number, fallback: number) =>
   z
@@ -53,15 +54,14 @@ const modelProviders = z
     }
   })
   .pipe(
-    z.record(
-      z
-        .string()
-        .regex(
-          /^(?!offline$)[a-z0-9][a-z0-9_-]*$/,
-          'must be lower-case letters, digits, - or _; "offline" is built in',
-        ),
-      modelProvider,
-    ),
+    z.record(z.string(), modelProvider).superRefine((providers, context) => {
+      for (const name of Object.keys(providers)) {
+        if (PROVIDER_NAME.test(name) && name !== 'offline') continue;
+        const message =
+          'must be named with lower-case letters, digits, - or _, and not "offline", which is built in';
+        context.addIssue({ code: 'custom', path: [name], message });
+      }
+    }),
   );
 
 const origins = z

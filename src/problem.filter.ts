@@ -84,7 +84,7 @@ export function validationError(errors: ValidationError[]): AppError {
   const more = others.length > 0 ? ` (and ${others.length} more)` : '';
   return new AppError(
     'validation_failed',
-    `The request is not valid: ${first?.detail ?? 'it has a fault'}${more}.`,
+    `The request is not valid: ${(first?.detail ?? 'it has a fault').replace(/\.+$/, '')}${more}.`,
     { faults },
   );
 }

@@ -17,9 +17,6 @@ import { LockLostError } from '../queue/execution-queue.js';
 import { CancelledError } from './running-executions.js';
 import type { StepStore } from './step-store.js';
 
-/** An execution whose workers died this often is given up, since it may be what kills them. */
-const MOST_ATTEMPTS = 5;
-
 export interface ExecutionRunOptions {
   /** The row as claimed: its `attempt` is this run's. */
   execution: Execution;
@@ -139,10 +136,6 @@ export class ExecutionRun implements RunObserver {
 
   private async runGraph(signal: AbortSignal): Promise<RunOutcome> {
     const { execution, revision, models } = this.options;
-    if (execution.attempt > MOST_ATTEMPTS) {
-      const message = `Its workers died ${MOST_ATTEMPTS} times.`;
-      return { status: 'error', response: '', error: { code: 'worker_lost', message }, usage: NO_USAGE };
-    }
     const { graph, runtime_config } = revision;
     const { query, chat_history, runtime_overrides } = execution.input;
     try {

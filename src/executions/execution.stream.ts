@@ -85,6 +85,7 @@ export class ExecutionStreams {
   ): Promise<void> {
     const interval = this.config.STREAM_FLUSH_INTERVAL_MS;
     const client = { execution_id, output, subscriber };
+    let retry: number | undefined = RECONNECT_MS;
     let sentAt = -Infinity;
     for await (const batch of this.log.read(execution_id, after, {
       signal,
@@ -95,12 +96,10 @@ export class ExecutionStreams {
         const early = sentAt + interval - performance.now();
         if (early >= 1) await pause(early, signal);
         if (signal.aborted) return;
-        sequence = emit(batch, {
-          ...client,
-          sequence,
-          retry: sentAt === -Infinity ? RECONNECT_MS : undefined,
-        });
-        sentAt = performance.now();
+        sequence = emit(batch, { ...client, sequence, retry });
+        retry = undefined;
+        // `started` alone does not begin the pace: the first text leaves at once too.
+        if (sequence > 2) sentAt = performance.now();
         await output.drained(signal);
       }
     }

@@ -149,7 +149,7 @@ export class ExecutionsService {
     if (isUuid(executionId)) {
       const { rows } = await this.pool.query<Execution>({ ...REQUEST_CANCEL, values: [executionId] });
       const [requested] = rows;
-      if (requested?.status === 'queued') await this.running.endQueued(requested);
+      if (requested?.status === 'queued') await this.running.end(requested, 1, { status: 'cancelled' });
       if (requested) this.running.cancel(executionId);
     }
     const execution = await this.reader.find(executionId);

@@ -7,6 +7,8 @@ import type { ServerConfig } from '../config.js';
 import type { Execution } from '../database/entities/execution.entity.js';
 import type { Step } from '../database/entities/step.entity.js';
 import { DeploymentsService } from '../deployments/deployments.service.js';
+import type { CompiledRevision } from '../deployments/deployments.service.js';
+import { AppError } from '../errors.js';
 import { EventLog, FencedError } from '../event-log/event-log.js';
 import { Metrics } from '../metrics.js';
 import { ModelRegistry } from '../models/model-registry.js';
@@ -17,17 +19,26 @@ import { StepStore } from './step-store.js';
 
 /** A job can be faster than the commit of its execution. After this long there is no such execution. */
 const ROW_WAIT_MS = 10_000;
-const ROW_POLL_MS = 10;
+/** How soon a worker looks again: that commit is a matter of a millisecond, or the database is slow. */
+const FIRST_ROW_POLL_MS = 1;
+const LAST_ROW_POLL_MS = 100;
+/** An execution whose workers stopped this often is given up, since it may be what stops them. */
+const MOST_ATTEMPTS = 5;
 /** How often accepted executions that are not in the queue are put there, and how old they must be to count as lost. */
 const SWEEP_MS = 10_000;
 const SWEEP_ROWS = 500;
 
-/** Takes the execution: from here on `attempt` is its fencing token, and an older attempt can write nothing. */
+/**
+ * Takes the execution: from here on `attempt` is its fencing token, and an older attempt can write nothing. The commit
+ * does not wait for the disk, since nobody was told of it: were it lost, the execution would be claimed again.
+ */
 const CLAIM = {
   name: 'execution-claim',
   text: `
+    WITH relaxed AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
     UPDATE execution SET status = 'running', attempt = attempt + 1, started_at = coalesce(started_at, now())
-     WHERE execution_id = $1 AND status IN ('queued', 'running') RETURNING *`,
+      FROM relaxed
+     WHERE execution_id = $1 AND status IN ('queued', 'running') RETURNING execution.*`,
 };
 
 const HAS_ENDED = {
@@ -91,9 +102,14 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
     try {
       if (execution.cancel_requested_at) this.running.cancel(executionId);
       const [revision, left] = await Promise.all([
-        this.deployments.revision(execution.revision_id),
+        this.findRevision(execution),
         this.findLeftovers(execution),
       ]);
+      if (revision instanceof AppError) {
+        const { code, message } = revision;
+        await this.running.end(execution, left.lastSequence, { status: 'error', code, error: message });
+        return;
+      }
       const defaultTimeoutS = this.config.EXECUTION_TIMEOUT_S;
       await new ExecutionRun({
         execution,
@@ -119,7 +135,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
 
   private async claim(executionId: string, letGo: AbortSignal): Promise<Execution | undefined> {
     const giveUp = Date.now() + ROW_WAIT_MS;
-    for (;;) {
+    for (let delay = FIRST_ROW_POLL_MS; ; delay = Math.min(delay * 1.5, LAST_ROW_POLL_MS)) {
       const { rows } = await this.pool.query<Execution>({ ...CLAIM, values: [executionId] });
       if (rows[0]) return rows[0];
       const { rowCount } = await this.pool.query({ ...HAS_ENDED, values: [executionId] });
@@ -128,8 +144,19 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
         this.logger.warn({ execution_id: executionId }, 'A job without an execution was dropped.');
         return undefined;
       }
-      await sleep(ROW_POLL_MS, undefined, { signal: letGo });
+      await sleep(delay, undefined, { signal: letGo });
     }
+  }
+
+  /** What to run, or why it can't be run: what stopped several workers, or does not compile, would only do so again. */
+  private async findRevision({ attempt, revision_id }: Execution): Promise<CompiledRevision | AppError> {
+    if (attempt > MOST_ATTEMPTS) {
+      return new AppError('worker_lost', `Its workers stopped ${MOST_ATTEMPTS} times before its end.`);
+    }
+    return this.deployments.revision(revision_id).catch((error: unknown) => {
+      if (error instanceof AppError) return error;
+      throw error;
+    });
   }
 
   private async findLeftovers({

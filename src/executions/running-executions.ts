@@ -3,6 +3,7 @@ import type { OnModuleDestroy } from '@nestjs/common';
 import { Pool } from 'pg';
 import type { Execution } from '../database/entities/execution.entity.js';
 import { EventLog, FencedError } from '../event-log/event-log.js';
+import type { ExecutionEnd } from '../event-log/event-log.js';
 import { Metrics } from '../metrics.js';
 
 /** How often a worker looks whether one of its executions was cancelled at another process. */
@@ -56,12 +57,16 @@ export class RunningExecutions implements OnModuleDestroy {
     this.runs.get(executionId)?.abort(new CancelledError('The execution was cancelled.'));
   }
 
-  /** Ends an execution that no worker has begun. If one begins it at this moment, that worker sees the request. */
-  async endQueued(execution: Execution): Promise<void> {
-    const writer = this.log.open({ ...execution, last_sequence: 1 });
+  /** Ends an execution that is not run. Does nothing if a worker took it over at this moment: that one goes on with it. */
+  async end(
+    execution: Execution,
+    lastSequence: number,
+    end: Pick<ExecutionEnd, 'status' | 'code' | 'error'>,
+  ): Promise<void> {
+    const writer = this.log.open({ ...execution, last_sequence: lastSequence });
     try {
-      await writer.finish({ status: 'cancelled', response: '', input_tokens: 0, output_tokens: 0 });
-      this.metrics.executions.inc({ state: 'cancelled' });
+      await writer.finish({ ...end, response: '', input_tokens: 0, output_tokens: 0 });
+      this.metrics.executions.inc({ state: end.status });
     } catch (error) {
       if (!(error instanceof FencedError)) throw error;
     }

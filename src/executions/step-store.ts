@@ -4,10 +4,14 @@ import { GroupCommit } from '../database/group-commit.js';
 import type { Step } from '../database/entities/step.entity.js';
 import { ROW_SEPARATOR } from '../event-log/statements.js';
 
-/** A newer attempt's row is never overwritten by an older one's, so a worker that lost its execution changes nothing. */
+/**
+ * A newer attempt's row is never overwritten by an older one's, so a worker that lost its execution changes nothing.
+ * $13 says whether the commit waits for the disk.
+ */
 const SAVE = {
   name: 'step-save',
   text: `
+    WITH durability AS MATERIALIZED (SELECT set_config('synchronous_commit', $13, true))
     INSERT INTO step (step_id, execution_id, agent_id, status, attempt, output, error, code, input_tokens, output_tokens,
                       started_at, finished_at)
     SELECT step_id, execution_id, agent_id, status, attempt, nullif(output, '')::json, error, code, input_tokens,
@@ -15,7 +19,7 @@ const SAVE = {
       FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::int[], string_to_array($6, E'\\x1e'), $7::text[],
                   $8::text[], $9::int[], $10::int[], $11::timestamptz[], $12::timestamptz[])
              AS item (step_id, execution_id, agent_id, status, attempt, output, error, code, input_tokens, output_tokens,
-                      started_at, finished_at)
+                      started_at, finished_at), durability
         ON CONFLICT (execution_id, agent_id) DO UPDATE SET
            status = excluded.status, attempt = excluded.attempt, output = excluded.output, error = excluded.error,
            code = excluded.code, input_tokens = excluded.input_tokens, output_tokens = excluded.output_tokens,
@@ -53,6 +57,8 @@ export class StepStore {
         steps.map((step) => step.output_tokens),
         steps.map((step) => step.started_at),
         steps.map((step) => step.finished_at),
+        // A step that has only begun is no checkpoint: nobody relies on its row.
+        steps.some((step) => step.finished_at !== null) ? 'on' : 'off',
       ],
     });
     return saves.map(() => undefined);

@@ -1,8 +1,10 @@
-import { Controller, Get, Header } from '@nestjs/common';
+import { Controller, Get, Header, HttpException } from '@nestjs/common';
+import type { OnModuleDestroy } from '@nestjs/common';
 import { ApiExcludeEndpoint, ApiTags } from '@nestjs/swagger';
 import { HealthCheck, HealthCheckService, HealthIndicatorService } from '@nestjs/terminus';
 import type { HealthCheckResult, HealthIndicatorResult } from '@nestjs/terminus';
 import { Pool } from 'pg';
+import { AppError } from '../errors.js';
 import { Metrics } from '../metrics.js';
 import { ExecutionQueue } from '../queue/execution-queue.js';
 
@@ -11,7 +13,9 @@ const PROBE_TIMEOUT_MS = 2000;
 
 @ApiTags('operations')
 @Controller()
-export class HealthController {
+export class HealthController implements OnModuleDestroy {
+  private isClosing = false;
+
   constructor(
     private readonly health: HealthCheckService,
     private readonly indicators: HealthIndicatorService,
@@ -29,11 +33,22 @@ export class HealthController {
   /** Whether the process can take requests now; a failure means: send them elsewhere */
   @Get('health/ready')
   @HealthCheck()
-  ready(): Promise<HealthCheckResult> {
-    return this.health.check([
+  async ready(): Promise<HealthCheckResult> {
+    if (this.isClosing) throw new AppError('unavailable', 'The server is shutting down.', { retryAfter: 1 });
+    const parts = [
       () => this.probe('database', () => this.pool.query('SELECT 1')),
       () => this.probe('queue', () => this.queue.depth()),
-    ]);
+    ];
+    return this.health.check(parts).catch((error: unknown) => {
+      throw new AppError('unavailable', `Not ready: ${nameParts(error)} can not be reached.`, {
+        retryAfter: 1,
+      });
+    });
+  }
+
+  /** From here on, new requests should go elsewhere, while what runs here is given time to end. */
+  onModuleDestroy(): void {
+    this.isClosing = true;
   }
 
   @Get('metrics')
@@ -48,4 +63,10 @@ export class HealthController {
     const attempt = this.indicators.check(name).attempt(async () => void (await ask()));
     return attempt.withTimeout(PROBE_TIMEOUT_MS);
   }
+}
+
+function nameParts(error: unknown): string {
+  if (!(error instanceof HttpException)) throw error;
+  const { error: down } = error.getResponse() as HealthCheckResult;
+  return Object.keys(down ?? {}).join(' and ');
 }

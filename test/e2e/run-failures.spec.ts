@@ -128,6 +128,26 @@ describe('a terminal chunk comes exactly once and last', () => {
     }
   });
 
+  it('when the worker can not run what another process accepted, instead of trying it for ever', async () => {
+    const provider = { type: 'openai-compatible', base_url: upstream.url };
+    const accepting = await startTestApp({
+      ROLE: 'api',
+      MODEL_PROVIDERS: JSON.stringify({ upstream: provider }),
+    });
+    const worker = await startTestApp({ ROLE: 'worker' }, accepting.database);
+    try {
+      const client = new Studio(accepting.url);
+      const deployment = await client.deploy(upstreamAgent());
+      const stream = await client.stream({ deployment_name: deployment, query: 'x' });
+      const frames = await stream.frames();
+      expect(faultsOfStream(frames, stream.executionId)).toEqual([]);
+      expect(frames.at(-1)?.chunk).toMatchObject({ status: 'error', code: 'workflow_invalid' });
+    } finally {
+      await worker.close();
+      await accepting.close();
+    }
+  });
+
   it('when a template or an expression fails while it runs', async () => {
     const expression = await studio.deploy({
       agents: [
