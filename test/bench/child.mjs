@@ -1,0 +1,48 @@
+// Preloaded (`--import`) into every process of the benchmark, Agent Studio included: answers what the benchmark asks
+// for over the IPC channel, and ends with it, so that nothing outlives a benchmark that was killed.
+import { writeFile } from 'node:fs/promises';
+import { Session } from 'node:inspector/promises';
+
+const profiler = new Session();
+
+const answers = {
+  /** CPU µs used so far and resident bytes now, of the whole process. */
+  usage: () => {
+    const { user, system } = process.cpuUsage();
+    return { cpu: user + system, rss: process.memoryUsage.rss() };
+  },
+  startProfile: async () => {
+    profiler.connect();
+    await profiler.post('Profiler.enable');
+    await profiler.post('Profiler.setSamplingInterval', { interval: 250 });
+    await profiler.post('Profiler.start');
+  },
+  stopProfile: async (file) => {
+    const { profile } = await profiler.post('Profiler.stop');
+    profiler.disconnect();
+    await writeFile(file, JSON.stringify(profile));
+  },
+};
+
+process.on('message', async ({ id, question, argument }) => {
+  try {
+    process.send({ id, answer: await answers[question](argument) });
+  } catch (error) {
+    process.send({ id, error: error instanceof Error ? (error.stack ?? error.message) : String(error) });
+  }
+});
+process.on('disconnect', () => process.exit());
+// A server that has closed everything ends by itself.
+process.channel.unref();
+
+/** Adds a question that this process answers; what `handler` returns must be JSON. */
+export function answer(question, handler) {
+  answers[question] = handler;
+}
+
+/** Tells the benchmark on which port of 127.0.0.1 this process listens. */
+export function announce(server) {
+  server.listen({ port: 0, host: '127.0.0.1', backlog: 1024 }, () =>
+    process.send({ port: server.address().port }),
+  );
+}

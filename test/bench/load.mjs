@@ -1,0 +1,127 @@
+// The load generator: keeps a number of streams open at once, reads and checks them all.
+import { createConnection } from 'node:net';
+import { answer } from './child.mjs';
+import { StreamCheck } from './stream-check.mjs';
+
+/** A stream on which nothing came for this long counts as failed, ms. */
+const SILENCE_MS = 15_000;
+
+/**
+ * One client with one connection, which asks for a stream, reads it to its end, and asks for the next one as long as
+ * the run's time is not over.
+ */
+class Client {
+  constructor(run) {
+    this.run = run;
+    this.ended = new Promise((resolve) => (this.end = resolve));
+    this.next();
+  }
+
+  next() {
+    const { run } = this;
+    if (run.isOver()) {
+      this.socket?.destroy();
+      this.end();
+      return;
+    }
+    this.check = new StreamCheck();
+    this.firstContentSeen = false;
+    this.connect();
+    this.asked = this.heard = performance.now();
+    this.socket.write(run.request);
+  }
+
+  connect() {
+    if (this.socket && !this.socket.destroyed) return;
+    const socket = createConnection({ port: this.run.port, host: '127.0.0.1', noDelay: true });
+    this.socket = socket;
+    socket.on('data', (piece) => this.receive(piece));
+    let why = 'closed by the server';
+    socket.on('error', (error) => (why = error.code));
+    socket.on('close', () => {
+      if (this.socket !== socket || this.check === undefined) return;
+      this.check.close(why);
+      this.settle();
+    });
+  }
+
+  receive(piece) {
+    const { check, run } = this;
+    const before = check.frames;
+    this.heard = performance.now();
+    check.read(piece.latin1Slice());
+    if (before === 0 && check.frames > 0) run.firstChunk.push(this.heard - this.asked);
+    if (!this.firstContentSeen && check.content > 0) {
+      this.firstContentSeen = true;
+      run.firstContent.push(this.heard - this.asked);
+    }
+    if (check.over || check.fault !== undefined) this.settle();
+  }
+
+  checkSilence(now) {
+    if (now - this.heard < SILENCE_MS) return;
+    this.check.fault ??= `nothing came for ${SILENCE_MS / 1000} s, after ${this.check.frames} chunks`;
+    this.settle();
+  }
+
+  settle() {
+    const { check, run } = this;
+    if (check === undefined) return;
+    this.check = undefined;
+    run.finished++;
+    run.chunks += check.content;
+    if (check.fault !== undefined) run.fail(check.fault);
+    if (check.closes || check.fault !== undefined) {
+      const { socket } = this;
+      this.socket = undefined;
+      socket.destroy();
+    }
+    this.next();
+  }
+}
+
+// Between two runs nothing else keeps this process alive.
+process.channel.ref();
+
+/**
+ * Keeps `streams` streams of the server on `port` open for `seconds`, then lets them end.
+ * @returns counts of finished streams and content chunks, ms from the first request to the last stream's end, ms to the
+ *   first chunk and to the first content of each stream, and the faults with their counts
+ */
+answer('load', async ({ port, path, body, streams, seconds }) => {
+  const begun = performance.now();
+  const faults = {};
+  const run = {
+    port,
+    request: Buffer.from(
+      `POST ${path} HTTP/1.1\r\nHost: 127.0.0.1:${port}\r\nAccept: text/event-stream\r\n` +
+        `Content-Type: application/json\r\nContent-Length: ${Buffer.byteLength(body)}\r\n\r\n${body}`,
+    ),
+    finished: 0,
+    chunks: 0,
+    firstChunk: [],
+    firstContent: [],
+    failed: false,
+    fail: (fault) => {
+      faults[fault] = (faults[fault] ?? 0) + 1;
+      run.failed = true;
+    },
+    isOver: () => run.failed || performance.now() - begun >= seconds * 1000,
+  };
+  const clients = Array.from({ length: streams }, () => new Client(run));
+  const watch = setInterval(() => {
+    const now = performance.now();
+    for (const client of clients) if (client.check) client.checkSilence(now);
+  }, 1000);
+  await Promise.all(clients.map((client) => client.ended));
+  clearInterval(watch);
+  const ms = performance.now() - begun;
+  return {
+    finished: run.finished,
+    chunks: run.chunks,
+    ms,
+    firstChunk: run.firstChunk,
+    firstContent: run.firstContent,
+    faults,
+  };
+});

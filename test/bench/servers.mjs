@@ -1,0 +1,94 @@
+// The three servers that are compared, and what they need.
+import { createServer } from 'node:http';
+import { once } from 'node:events';
+import { join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { fileURLToPath } from 'node:url';
+import { Child } from './processes.mjs';
+import { AGENT, DEPLOYMENT, modelName } from './streams.mjs';
+
+const READY_TIMEOUT_MS = 30_000;
+
+const script = (name) => fileURLToPath(new URL(`./servers/${name}.mjs`, import.meta.url));
+
+/** By the letter that `--only` takes. */
+export const SERVERS = {
+  a: { title: 'Agent Studio', start: startAgentStudio },
+  b: { title: 'bare SSE', start: (options) => startBare('bare-sse', options) },
+  c: { title: 'bare streamText', start: (options) => startBare('stream-text', options) },
+};
+
+/** The request that every server gets; the delay is in the model's name. */
+export function requestBody(delay) {
+  return JSON.stringify({
+    deployment_name: DEPLOYMENT,
+    query: 'Count.',
+    runtime_overrides: { model: `bench/${modelName(delay)}` },
+  });
+}
+
+export const REQUEST_PATH = '/api/workflows/execute/stream';
+
+export async function startUpstream(options) {
+  const child = new Child('upstream', { ...options, core: undefined, args: [script('upstream')] });
+  return { child, url: `http://127.0.0.1:${await child.port}/v1` };
+}
+
+async function startBare(name, { upstreamUrl, ...options }) {
+  const child = new Child(name, { ...options, args: [script(name)], env: { UPSTREAM_URL: upstreamUrl } });
+  return { child, port: await child.port };
+}
+
+async function startAgentStudio({ upstreamUrl, databaseUrl, dist, ...options }) {
+  const port = await freePort();
+  const child = new Child('agent-studio', {
+    ...options,
+    args: [join(dist, 'main.js')],
+    env: {
+      PORT: String(port),
+      DATABASE_URL: databaseUrl,
+      LOG_LEVEL: 'error',
+      MODEL_PROVIDERS: JSON.stringify({ bench: { type: 'openai-compatible', base_url: upstreamUrl } }),
+    },
+  });
+  const url = `http://127.0.0.1:${port}`;
+  await untilReady(url, child);
+  const agent = { agent_id: AGENT, agent_type: 'llm', config: { model: `bench/${modelName(0)}` } };
+  const { workflow_id } = await post(`${url}/api/workflows`, {
+    name: DEPLOYMENT,
+    configuration: { agents: [agent] },
+  });
+  await post(`${url}/api/workflows/${workflow_id}/deploy`, { deployment_name: DEPLOYMENT });
+  return { child, port };
+}
+
+/** At this log level the server doesn't print which port it took, so it is given one. */
+async function freePort() {
+  const server = createServer().listen(0, '127.0.0.1');
+  await once(server, 'listening');
+  const { port } = server.address();
+  server.close();
+  await once(server, 'close');
+  return port;
+}
+
+async function untilReady(url, child) {
+  const giveUp = performance.now() + READY_TIMEOUT_MS;
+  while (performance.now() < giveUp && !child.hasEnded) {
+    const answer = await fetch(`${url}/health/ready`).catch(() => undefined); // it doesn't listen yet
+    if (answer?.ok) return;
+    await sleep(50);
+  }
+  throw new Error(`Agent Studio was not ready within ${READY_TIMEOUT_MS / 1000} s.`);
+}
+
+async function post(url, body) {
+  const answer = await fetch(url, {
+    method: 'POST',
+    headers: { 'Content-Type': 'application/json' },
+    body: JSON.stringify(body),
+  });
+  const text = await answer.text();
+  if (!answer.ok) throw new Error(`POST ${url} was answered with ${answer.status}: ${text}`);
+  return JSON.parse(text);
+}

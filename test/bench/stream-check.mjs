@@ -1,0 +1,105 @@
+// Reads HTTP responses with event streams as cheaply as can be, and checks them: the load generator shares its core
+// with PostgreSQL and the upstream.
+import { CHUNKS } from './streams.mjs';
+
+const SEQUENCE = '"sequence":';
+const CONTENT = '{"type":"content"';
+
+/** One response: HTTP/1.1 in chunked coding, in it the frames of a stream. All text is latin1, as only ASCII is sent. */
+export class StreamCheck {
+  /** Chunks that came, by their kind. */
+  frames = 0;
+  content = 0;
+  /** The response is complete. */
+  over = false;
+  /** The server closes the connection after this response. */
+  closes = false;
+  /** What is wrong with the stream, once something is. */
+  fault = undefined;
+
+  isHeadRead = false;
+  terminal = undefined;
+  unread = '';
+  unfinishedFrame = '';
+
+  /** Takes the next bytes of the response as text. */
+  read(piece) {
+    const text = this.unread === '' ? piece : this.unread + piece;
+    let at = this.isHeadRead ? 0 : this.readHead(text);
+    while (this.isHeadRead && !this.over && this.fault === undefined) {
+      const line = text.indexOf('\r\n', at);
+      if (line === -1) break;
+      const size = Number.parseInt(text.slice(at, line), 16);
+      const end = line + 2 + size;
+      if (text.length < end + 2) break;
+      if (size === 0) this.finish();
+      else this.readFrames(text.slice(line + 2, end));
+      at = end + 2;
+    }
+    this.unread = text.slice(at);
+  }
+
+  /** The connection ended. */
+  close(why) {
+    if (!this.over) this.fault ??= `the connection ended before the stream did (${why})`;
+  }
+
+  readHead(text) {
+    const end = text.indexOf('\r\n\r\n');
+    if (end === -1) return 0;
+    const head = text.slice(0, end);
+    this.isHeadRead = true;
+    this.closes = /^connection: *close/im.test(head);
+    if (!head.startsWith('HTTP/1.1 200 ') || !/^transfer-encoding: *chunked/im.test(head)) {
+      this.fault = `the answer was no stream: ${text.slice(0, 12)} … ${text.slice(end + 4, end + 404)}`;
+    }
+    return end + 4;
+  }
+
+  readFrames(piece) {
+    const text = this.unfinishedFrame + piece;
+    let at = 0;
+    for (;;) {
+      const end = text.indexOf('\n\n', at);
+      if (end === -1) break;
+      this.readFrame(text, at, end);
+      at = end + 2;
+    }
+    this.unfinishedFrame = text.slice(at);
+  }
+
+  readFrame(text, begin, end) {
+    let data = begin;
+    while (!text.startsWith('data: ', data)) {
+      data = text.indexOf('\n', data) + 1;
+      if (data === 0 || data > end) return; // a comment
+    }
+    data += 'data: '.length;
+    if (this.terminal !== undefined) this.fault ??= `a chunk came after "${this.terminal}"`;
+    this.frames++;
+    let digit = text.indexOf(SEQUENCE, data) + SEQUENCE.length;
+    let sequence = 0;
+    for (let code = text.charCodeAt(digit); code >= 48 && code <= 57; code = text.charCodeAt(++digit)) {
+      sequence = sequence * 10 + code - 48;
+    }
+    if (sequence !== this.frames) this.fault ??= `sequence ${sequence} where ${this.frames} was to come`;
+    if (text.startsWith(CONTENT, data)) this.content++;
+    else this.readStatus(JSON.parse(text.slice(data, end)));
+  }
+
+  readStatus({ status, error }) {
+    if (status === 'started') {
+      if (this.frames !== 1) this.fault ??= '"started" was not the first chunk';
+      return;
+    }
+    this.terminal = status;
+    if (status !== 'completed') this.fault ??= `the stream ended as "${status}": ${error}`;
+    if (this.content !== CHUNKS) this.fault ??= `${this.content} chunks of content in place of ${CHUNKS}`;
+  }
+
+  finish() {
+    this.over = true;
+    if (this.terminal === undefined) this.fault ??= `no terminal chunk after ${this.frames} chunks`;
+    if (this.unfinishedFrame !== '') this.fault ??= 'the last frame has no end';
+  }
+}
