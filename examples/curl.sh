@@ -2,6 +2,8 @@
 # Runs a deployment and prints its answer while it is generated. Where the connection breaks, it goes on at the next chunk.
 #   examples/curl.sh [query] [deployment] [server]        needs bash and curl, nothing else
 set -u
+# In another locale bash does not make characters of \u escapes.
+[[ $(locale charmap 2>/dev/null) == UTF-8 ]] || export LC_ALL=C.UTF-8
 
 query=${1:-${QUERY:-My last invoice is wrong. What can I do?}}
 deployment=${2:-${DEPLOYMENT:-support-desk}}
