@@ -35,6 +35,11 @@ export const ERROR_CODES = {
 
 export type ErrorCode = keyof typeof ERROR_CODES;
 
+/** A stored code; one that this version does not know reads as `internal_error`. */
+export function toErrorCode(code: string): ErrorCode {
+  return Object.hasOwn(ERROR_CODES, code) ? (code as ErrorCode) : 'internal_error';
+}
+
 /**
  * The one error that services and the engine throw. `message` is shown to clients, so it never carries a stack
  * trace, a key or an upstream's body; those go into `cause`, which is only logged.

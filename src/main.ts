@@ -4,6 +4,9 @@ import { createApp } from './app.js';
 import { ConfigError, loadConfig } from './config.js';
 import { startEmbeddedPostgres } from './database/embedded-postgres.js';
 
+/** How long the shutdown may take beyond the grace period, ms: a database that is away must not hold it for ever. */
+const CLOSE_MS = 10_000;
+
 /** Starts the server, with a PostgreSQL of its own where `DATABASE_URL` is not set, and drains both on SIGTERM or SIGINT. */
 async function main(): Promise<void> {
   const config = loadConfig();
@@ -23,6 +26,10 @@ async function main(): Promise<void> {
 
   let closing: Promise<void> | undefined;
   const close = async (signal: string) => {
+    setTimeout(() => {
+      logger.error('closing took too long: what still runs is left to other workers');
+      process.exit(1);
+    }, config.SHUTDOWN_GRACE_MS + CLOSE_MS).unref();
     logger.log(`${signal}: finishing what runs (at most ${config.SHUTDOWN_GRACE_MS} ms), then closing`);
     await app.close();
     await embedded?.stop();
@@ -37,7 +44,11 @@ async function main(): Promise<void> {
     });
   }
 
-  await app.listen(config.PORT, config.HOST);
+  await app.listen(config.PORT, config.HOST).catch(async (error: unknown) => {
+    await app.close(); // hands back what its worker has taken already
+    await embedded?.stop();
+    throw error;
+  });
   const url = await app.getUrl();
   logger.log(
     { url, docs: `${url}/api/docs`, role: config.ROLE, pid: process.pid },
@@ -47,6 +58,15 @@ async function main(): Promise<void> {
 
 main().catch((error: unknown) => {
   // Said in words: whoever starts the server reads this, not a log.
-  console.error(error instanceof ConfigError ? error.message : error);
+  console.error(describeFailure(error));
   process.exit(1);
 });
+
+function describeFailure(error: unknown): unknown {
+  if (error instanceof ConfigError) return error.message;
+  if (!(error instanceof Error)) return error;
+  if ('code' in error && error.code === 'EADDRINUSE') {
+    return `${error.message}\nAnother program listens there: stop it, or set PORT (0 takes a free one).`;
+  }
+  return error.stack;
+}

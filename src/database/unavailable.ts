@@ -17,7 +17,7 @@ const UNAVAILABLE_NETWORK = new Set([
 ]);
 /** What `pg` says without a code. */
 const UNAVAILABLE_MESSAGE =
-  /^(Connection terminated|timeout exceeded when trying to connect|Client has encountered a connection error|Query read timeout)/;
+  /^(Connection terminated|timeout e|Client (has encountered|was closed)|Query read timeout)/;
 
 /** True if the database could not be reached or was not able to work, so that the same statement may succeed later. */
 export function isUnavailable(error: unknown): boolean {

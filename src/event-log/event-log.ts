@@ -33,19 +33,17 @@ export interface ExecutionEnd {
 
 /** The owner's pen. Nothing that it writes is seen by a reader before it is committed. */
 export interface LogWriter {
-  /** Aborts with {@link FencedError} as the reason once a newer attempt owns the execution. */
+  /** Aborts once nothing can be written any more: with {@link FencedError} if a newer attempt owns the execution, else with what failed. */
   readonly fenced: AbortSignal;
-  /** Highest sequence handed out so far. */
-  readonly lastSequence: number;
   /** When the first `content` chunk was committed. */
   readonly firstContentAt: Date | undefined;
   /** Numbers a chunk and queues it for the next flush; wait for {@link drain} before writing without bound. */
   append(content: ChunkContent): void;
-  /** Resolves when little enough is waiting for the database; rejects with {@link FencedError}. */
+  /** Resolves when little enough is waiting for the database; rejects as {@link fenced} says. */
   drain(): Promise<void> | undefined;
-  /** Resolves when everything appended so far is committed; it does not wait for the flush interval. Rejects with {@link FencedError}. */
+  /** Resolves when everything appended so far is committed; it does not wait for the flush interval. Rejects as {@link fenced} says. */
   flush(): Promise<void>;
-  /** Flushes, then writes the terminal chunk and the execution's end in one transaction. Rejects with {@link FencedError}. */
+  /** Flushes, then writes the terminal chunk and the execution's end in one transaction. Rejects as {@link fenced} says. */
   finish(end: ExecutionEnd): Promise<void>;
 }
 

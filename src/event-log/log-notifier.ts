@@ -39,7 +39,8 @@ export class LogNotifier {
     this.subscriptions = options.subscriptions;
     this.session = new SessionConnection({
       connectionString: options.connectionString,
-      setup: [`LISTEN ${CHANNEL}`],
+      // A notification takes a lock of the whole database until its commit, which must not wait for the disk.
+      setup: ['SET synchronous_commit = off', `LISTEN ${CHANNEL}`],
       onConnect: (client) => {
         client.on('notification', (notification) => this.receive(notification));
         this.subscriptions.invalidateAll();
@@ -73,7 +74,7 @@ export class LogNotifier {
   }
 
   private async send(payloads: string[]): Promise<void> {
-    await this.pool.query({
+    await this.session.query({
       name: 'event-log-notify',
       text: `SELECT pg_notify('${CHANNEL}', payload) FROM unnest($1::text[]) AS payload`,
       values: [payloads.map((payload) => `${this.self} ${payload}`)],

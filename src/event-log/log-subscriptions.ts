@@ -20,12 +20,14 @@ export class LogSubscription {
       this.batches.push(batch);
       this.waitingCharacters += characters;
     }
-    this.announce(batch.last);
+    this.known = Math.max(this.known, batch.last);
+    this.notify();
   }
 
-  /** Another process committed up to `last`. */
+  /** Another process committed up to `last`. What is known already wakes nobody: silence must stay silence. */
   announce(last: number): void {
-    if (this.known !== Infinity) this.known = Math.max(this.known, last);
+    if (last <= this.known) return;
+    this.known = last;
     this.notify();
   }
 

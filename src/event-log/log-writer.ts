@@ -56,15 +56,12 @@ export class ExecutionLogWriter implements LogWriter {
     return this.fence.signal;
   }
 
-  get lastSequence(): number {
-    return this.sequence;
-  }
-
   get firstContentAt(): Date | undefined {
     return this.contentAt;
   }
 
   append(content: ChunkContent): void {
+    if (this.fence.signal.aborted) return;
     const line = this.serializer.serialize(content, ++this.sequence);
     this.chunks.push(line);
     this.characters += line.length;
@@ -119,15 +116,17 @@ export class ExecutionLogWriter implements LogWriter {
     if (this.chunks.length > 0) this.host.schedule(this);
   }
 
-  /** A newer attempt owns the execution: nothing of this writer goes into the log any more. */
-  shutOut(): void {
-    const { execution_id, attempt } = this.owner;
-    this.fence.abort(
-      new FencedError(`Attempt ${attempt} of execution ${execution_id} is no longer its owner.`),
-    );
+  /** Nothing of this writer goes into the log any more: a newer attempt owns the execution, or writing failed for good. */
+  shutOut(reason: unknown = this.fencedError()): void {
+    this.fence.abort(reason);
     this.chunks = [];
     this.characters = 0;
     this.settle();
+  }
+
+  private fencedError(): FencedError {
+    const { execution_id, attempt } = this.owner;
+    return new FencedError(`Attempt ${attempt} of execution ${execution_id} is no longer its owner.`);
   }
 
   private settle(): void {

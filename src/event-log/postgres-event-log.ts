@@ -5,6 +5,7 @@ import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { GroupCommit } from '../database/group-commit.js';
 import { SessionConnection } from '../database/session-connection.js';
+import { ROW_SEPARATOR } from '../database/row-separator.js';
 import { retryWhileUnavailable } from '../database/unavailable.js';
 import { Metrics } from '../metrics.js';
 import { EventLog } from './event-log.js';
@@ -14,7 +15,7 @@ import { LogNotifier } from './log-notifier.js';
 import { LogSubscriptions, batchOf, join, trim } from './log-subscriptions.js';
 import { ExecutionLogWriter } from './log-writer.js';
 import type { LogWriterHost, PendingRow } from './log-writer.js';
-import { END, FLUSH, READ, ROW_SEPARATOR } from './statements.js';
+import { END, FLUSH, READ } from './statements.js';
 
 /** Rows and bytes that a catching-up reader takes from the table at once. */
 const READ_ROWS = 64;
@@ -83,10 +84,10 @@ export class PostgresEventLog
         let batch = subscription.take(cursor);
         if (!batch && subscription.isBehind(cursor)) {
           subscription.beginCatchUp(cursor);
-          const stored = await this.readStored(executionId, cursor);
+          const stored = await this.catchUp(executionId, cursor, signal);
+          if (!stored) return;
           if (stored.more) subscription.invalidate();
           batch = stored.batch;
-          if (signal.aborted) return;
         }
         if (batch) {
           cursor = batch.last;
@@ -111,6 +112,17 @@ export class PostgresEventLog
 
   end(writer: ExecutionLogWriter, end: WriterEnd['end']): Promise<boolean> {
     return this.ends.add({ writer, end });
+  }
+
+  /** Reads on when the database is back; undefined once `signal` aborted. */
+  private async catchUp(executionId: string, cursor: number, signal: AbortSignal) {
+    const onRetry = (error: unknown) => this.logger.debug(error);
+    try {
+      return await retryWhileUnavailable(() => this.readStored(executionId, cursor), { signal, onRetry });
+    } catch (error) {
+      if (signal.aborted) return undefined;
+      throw error;
+    }
   }
 
   /** The next chunks after `cursor` from the table; `more`: the read was cut, there may be further rows. */
@@ -158,10 +170,10 @@ export class PostgresEventLog
       stopTimer();
       this.settle(rows, new Set(written.rows.map((row) => row.execution_id)));
     } catch (error) {
-      // The shutdown, or a defect: either way the chunks are not in the log, so these writers must not go on.
+      // The shutdown, or a defect: the chunks are not in the log, so these attempts must not go on; another one may.
       this.metrics.logFlushFailures.inc();
       if (!this.shutdown.signal.aborted) this.logger.error(error);
-      rows.forEach(({ writer }) => writer.shutOut());
+      rows.forEach(({ writer }) => writer.shutOut(error));
     }
   }
 

@@ -1,6 +1,3 @@
-/** Separates the chunks of different rows in one text parameter; JSON never contains it unescaped. */
-export const ROW_SEPARATOR = '\u001e';
-
 /**
  * One flush: a row for each execution, in one text parameter, because escaping an array of texts costs more than the
  * rest of the statement. Only the current attempt of a running execution gets in: the share lock makes a newer attempt,

@@ -6,8 +6,7 @@ import type { CompiledRevision } from '../deployments/deployments.service.js';
 import { parseOverrides } from '../engine/definition.js';
 import type { RunObserver, RunOutcome, StepResult } from '../engine/runner.js';
 import { runGraph } from '../engine/runner.js';
-import { AppError, ERROR_CODES, toAppError } from '../errors.js';
-import type { ErrorCode } from '../errors.js';
+import { AppError, toAppError, toErrorCode } from '../errors.js';
 import type { StepProgress } from '../event-log/chunk.js';
 import { FencedError } from '../event-log/event-log.js';
 import type { EventLog, ExecutionEnd, LogWriter } from '../event-log/event-log.js';
@@ -25,6 +24,8 @@ export interface ExecutionRunOptions {
   lastSequence: number;
   /** Steps of earlier attempts: the finished ones are not run again. */
   leftSteps: Step[];
+  /** Agents that spoke in an earlier attempt without coming to their end. */
+  interrupted: string[];
   log: EventLog;
   models: ModelRegistry;
   steps: StepStore;
@@ -162,20 +163,18 @@ export class ExecutionRun implements RunObserver {
     }
   }
 
-  /** Says which steps run again, so that clients drop what those agents said before. */
+  /** Says which agents begin again, so that clients drop what they said before. */
   private writeRestarts(): void {
-    for (const step of this.options.leftSteps) {
-      if (step.status !== 'running' && step.status !== 'cancelled') continue;
-      if (!this.options.revision.graph.answers(step.agent_id) && !this.wantsProgress) continue;
+    for (const agent_id of this.options.interrupted) {
       // An agent speaks in one step only, so all that it said after `started` belongs to the interrupted one.
-      this.writer.append({ type: 'status', status: 'restarted', agent_id: step.agent_id, discard_after: 1 });
+      this.writer.append({ type: 'status', status: 'restarted', agent_id, discard_after: 1 });
     }
   }
 
   private findCheckpoints(): Map<string, StepResult> {
     const checkpoints = new Map<string, StepResult>();
     for (const step of this.options.leftSteps) {
-      if (step.status === 'running' || step.status === 'cancelled') continue;
+      if (!isCheckpoint(step)) continue;
       checkpoints.set(step.agent_id, {
         agent_id: step.agent_id,
         status: step.status,
@@ -263,6 +262,7 @@ function endOf(outcome: RunOutcome, reason: unknown): Pick<ExecutionEnd, 'status
   }
 }
 
-function toErrorCode(code: string): ErrorCode {
-  return code in ERROR_CODES ? (code as ErrorCode) : 'internal_error';
+/** Whether a step of an earlier attempt has come to its end and is not run again. */
+export function isCheckpoint(step: Step): step is Step & Pick<StepResult, 'status'> {
+  return step.status !== 'running' && step.status !== 'cancelled';
 }

@@ -1,5 +1,5 @@
 import { setTimeout as sleep } from 'node:timers/promises';
-import { Inject, Injectable } from '@nestjs/common';
+import { Inject, Injectable, Logger } from '@nestjs/common';
 import type { MessageEvent } from '@nestjs/common';
 import type { Response } from 'express';
 import { EMPTY, Observable } from 'rxjs';
@@ -33,6 +33,8 @@ interface StreamRequest {
 /** Reads an execution's log for one client: each chunk an event, at the client's own pace. */
 @Injectable()
 export class ExecutionStreams {
+  private readonly logger = new Logger(ExecutionStreams.name);
+
   constructor(
     private readonly log: EventLog,
     @Inject(CONFIG) private readonly config: ServerConfig,
@@ -68,7 +70,12 @@ export class ExecutionStreams {
       this.send(request, { output, subscriber, signal: gone.signal })
         .then(
           () => subscriber.complete(),
-          (error: unknown) => subscriber.error(error),
+          (error: unknown) => {
+            if (!request.response.headersSent) return subscriber.error(error);
+            // Nest would say it in an event with an id of its own. A plain end makes the client come back instead.
+            this.logger.error(error);
+            subscriber.complete();
+          },
         )
         .finally(() => this.metrics.openStreams.dec());
       return () => gone.abort();

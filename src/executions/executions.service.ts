@@ -6,8 +6,7 @@ import type { ExecutionInput } from '../database/entities/configuration.js';
 import type { Execution } from '../database/entities/execution.entity.js';
 import { DeploymentsService } from '../deployments/deployments.service.js';
 import { parseOverrides } from '../engine/definition.js';
-import { AppError, ERROR_CODES } from '../errors.js';
-import type { ErrorCode } from '../errors.js';
+import { AppError, toErrorCode } from '../errors.js';
 import { ChunkSerializer } from '../event-log/chunk.js';
 import { EventLog } from '../event-log/event-log.js';
 import { Metrics } from '../metrics.js';
@@ -120,11 +119,15 @@ export class ExecutionsService {
 
   private async result(executionId: string, signal: AbortSignal): Promise<ExecuteResponseDto> {
     for await (const batch of this.log.read(executionId, 0, { signal })) if (batch.terminal) break;
+    const stopped = new AppError('unavailable', 'The server stopped waiting for the execution.', {
+      retryAfter: 1,
+    });
+    if (signal.aborted) throw stopped;
     const execution = await this.reader.find(executionId);
     const { status, deployment_name, workflow_id, deployment_id, response, error, code } = execution;
     if (status === 'cancelled')
       throw new AppError('cancelled', `The execution ${executionId} was cancelled.`);
-    if (status === 'error') throw new AppError(toErrorCode(code), error ?? 'The execution failed.');
+    if (status === 'error') throw new AppError(toErrorCode(code ?? ''), error ?? 'The execution failed.');
     if (status !== 'completed')
       throw new AppError('unavailable', 'The server stopped waiting for the execution.');
     const finished = execution.finished_at ?? new Date();
@@ -158,8 +161,4 @@ export class ExecutionsService {
     }
     return ExecutionDto.from(execution);
   }
-}
-
-function toErrorCode(code: string | null): ErrorCode {
-  return code !== null && code in ERROR_CODES ? (code as ErrorCode) : 'internal_error';
 }

@@ -13,7 +13,7 @@ import { EventLog, FencedError } from '../event-log/event-log.js';
 import { Metrics } from '../metrics.js';
 import { ModelRegistry } from '../models/model-registry.js';
 import { ExecutionQueue } from '../queue/execution-queue.js';
-import { ExecutionRun } from './execution-run.js';
+import { ExecutionRun, isCheckpoint } from './execution-run.js';
 import { RunningExecutions } from './running-executions.js';
 import { StepStore } from './step-store.js';
 
@@ -22,8 +22,8 @@ const ROW_WAIT_MS = 10_000;
 /** How soon a worker looks again: that commit is a matter of a millisecond, or the database is slow. */
 const FIRST_ROW_POLL_MS = 1;
 const LAST_ROW_POLL_MS = 100;
-/** An execution whose workers stopped this often is given up, since it may be what stops them. */
-const MOST_ATTEMPTS = 5;
+/** An execution that was taken up this often without an end is given up, since it may be what stops its workers. */
+const MOST_ATTEMPTS = 10;
 /** How often accepted executions that are not in the queue are put there, and how old they must be to count as lost. */
 const SWEEP_MS = 10_000;
 const SWEEP_ROWS = 500;
@@ -51,13 +51,23 @@ const LAST_SEQUENCE = {
   name: 'execution-last-sequence',
   text: `SELECT last_sequence FROM execution_chunk WHERE execution_id = $1 ORDER BY first_sequence DESC LIMIT 1`,
 };
+/** Which of some agents are in the log: an agent may have spoken though the row of its step was lost. */
+const SPEAKERS = {
+  name: 'execution-speakers',
+  text: `
+    SELECT agent_id FROM unnest($2::text[]) AS agent (agent_id)
+     WHERE EXISTS (SELECT 1 FROM execution_chunk WHERE execution_id = $1
+                      AND strpos(chunks, '"agent_id":"' || agent.agent_id || '"') > 0)`,
+};
 const STEPS = { name: 'execution-steps', text: 'SELECT * FROM step WHERE execution_id = $1' };
 
 const LOST = {
   name: 'execution-lost',
   text: `
     SELECT execution_id FROM execution
-     WHERE status = 'queued' AND created_at < now() - $1 * interval '1 ms' ORDER BY execution_id LIMIT $2`,
+     WHERE (status = 'queued' AND created_at < now() - $1 * interval '1 ms')
+        OR (status = 'running' AND started_at < now() - 6 * $1 * interval '1 ms')
+     ORDER BY execution_id LIMIT $2`,
 };
 
 /** Takes executions out of the queue and runs them. */
@@ -115,6 +125,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
         execution,
         revision,
         ...left,
+        interrupted: await this.findInterrupted(execution, { revision, leftSteps: left.leftSteps }),
         log,
         models,
         steps,
@@ -129,7 +140,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
       if (!(error instanceof FencedError)) throw error;
       this.logger.warn(error.message);
     } finally {
-      this.running.remove(executionId);
+      this.running.remove(executionId, cancelled);
     }
   }
 
@@ -144,14 +155,14 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
         this.logger.warn({ execution_id: executionId }, 'A job without an execution was dropped.');
         return undefined;
       }
-      await sleep(delay, undefined, { signal: letGo });
+      await sleep(delay, undefined, { signal: letGo }).catch(() => letGo.throwIfAborted());
     }
   }
 
   /** What to run, or why it can't be run: what stopped several workers, or does not compile, would only do so again. */
   private async findRevision({ attempt, revision_id }: Execution): Promise<CompiledRevision | AppError> {
     if (attempt > MOST_ATTEMPTS) {
-      return new AppError('worker_lost', `Its workers stopped ${MOST_ATTEMPTS} times before its end.`);
+      return new AppError('worker_lost', `It was taken up ${MOST_ATTEMPTS} times and never came to its end.`);
     }
     return this.deployments.revision(revision_id).catch((error: unknown) => {
       if (error instanceof AppError) return error;
@@ -171,6 +182,19 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
     return { lastSequence: position.rows[0]?.last_sequence ?? 0, leftSteps: leftSteps.rows };
   }
 
+  /** Agents that said something in an earlier attempt without coming to their end. */
+  private async findInterrupted(
+    { execution_id, attempt }: Execution,
+    { revision, leftSteps }: { revision: CompiledRevision; leftSteps: Step[] },
+  ): Promise<string[]> {
+    if (attempt === 1) return [];
+    const finished = new Set(leftSteps.filter(isCheckpoint).map(({ agent_id }) => agent_id));
+    const unfinished = [...revision.graph.agents.keys()].filter((agentId) => !finished.has(agentId));
+    const values = [execution_id, unfinished];
+    const { rows } = await this.pool.query<{ agent_id: string }>({ ...SPEAKERS, values });
+    return rows.map(({ agent_id }) => agent_id);
+  }
+
   private scheduleSweep(): void {
     this.sweep = setTimeout(() => {
       this.requeueLost()
@@ -179,7 +203,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
     }, SWEEP_MS);
   }
 
-  /** Puts accepted executions whose way into the queue failed back into it; those that are in it stay where they are. */
+  /** Puts unfinished executions that the queue has lost back into it; those that are in it stay where they are. */
   private async requeueLost(): Promise<void> {
     const { rows } = await this.pool.query<{ execution_id: string }>({
       ...LOST,

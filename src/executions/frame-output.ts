@@ -53,7 +53,7 @@ export class FrameOutput {
       });
     }
     if (!this.response.writableNeedDrain || signal.aborted) return;
-    await once(this.response, 'drain', { signal }).catch(() => undefined); // only the abort rejects, the caller looks at it
+    await once(this.response, 'drain', { signal }).catch(() => undefined); // an abort or a broken socket: the caller's signal tells
   }
 
   private take(text: string, write: Write): boolean {

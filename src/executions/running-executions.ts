@@ -1,5 +1,5 @@
 import { Injectable, Logger } from '@nestjs/common';
-import type { OnModuleDestroy } from '@nestjs/common';
+import type { OnApplicationShutdown } from '@nestjs/common';
 import { Pool } from 'pg';
 import type { Execution } from '../database/entities/execution.entity.js';
 import { EventLog, FencedError } from '../event-log/event-log.js';
@@ -21,7 +21,7 @@ export class CancelledError extends Error {
 
 /** The executions that this process runs, and the way to stop one. */
 @Injectable()
-export class RunningExecutions implements OnModuleDestroy {
+export class RunningExecutions implements OnApplicationShutdown {
   private readonly logger = new Logger(RunningExecutions.name);
   private readonly runs = new Map<string, AbortController>();
   private poll: NodeJS.Timeout | undefined;
@@ -33,7 +33,8 @@ export class RunningExecutions implements OnModuleDestroy {
     private readonly metrics: Metrics,
   ) {}
 
-  onModuleDestroy(): void {
+  /** Late: what still runs during the shutdown can be cancelled. */
+  onApplicationShutdown(): void {
     this.closed = true;
     clearTimeout(this.poll);
   }
@@ -47,8 +48,9 @@ export class RunningExecutions implements OnModuleDestroy {
     return controller.signal;
   }
 
-  remove(executionId: string): void {
-    this.runs.delete(executionId);
+  /** `signal` is what {@link add} gave: another attempt in this process may have taken the place. */
+  remove(executionId: string, signal: AbortSignal): void {
+    if (this.runs.get(executionId)?.signal === signal) this.runs.delete(executionId);
     this.metrics.runningExecutions.set(this.runs.size);
   }
 

@@ -1,12 +1,14 @@
-import { Injectable } from '@nestjs/common';
+import { Injectable, Logger } from '@nestjs/common';
+import type { OnApplicationShutdown } from '@nestjs/common';
 import { Pool } from 'pg';
 import { GroupCommit } from '../database/group-commit.js';
 import type { Step } from '../database/entities/step.entity.js';
-import { ROW_SEPARATOR } from '../event-log/statements.js';
+import { ROW_SEPARATOR } from '../database/row-separator.js';
+import { retryWhileUnavailable } from '../database/unavailable.js';
 
 /**
- * A newer attempt's row is never overwritten by an older one's, so a worker that lost its execution changes nothing.
- * $13 says whether the commit waits for the disk.
+ * Only the current attempt of an execution gets in: the share lock makes a newer one wait for this statement, and this
+ * statement see the newer one. $13 says whether the commit waits for the disk.
  */
 const SAVE = {
   name: 'step-save',
@@ -14,27 +16,34 @@ const SAVE = {
     WITH durability AS MATERIALIZED (SELECT set_config('synchronous_commit', $13, true))
     INSERT INTO step (step_id, execution_id, agent_id, status, attempt, output, error, code, input_tokens, output_tokens,
                       started_at, finished_at)
-    SELECT step_id, execution_id, agent_id, status, attempt, nullif(output, '')::json, error, code, input_tokens,
-           output_tokens, started_at, finished_at
+    SELECT item.step_id, execution_id, item.agent_id, item.status, attempt, nullif(item.output, '')::json, item.error,
+           item.code, item.input_tokens, item.output_tokens, item.started_at, item.finished_at
       FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::int[], string_to_array($6, E'\\x1e'), $7::text[],
                   $8::text[], $9::int[], $10::int[], $11::timestamptz[], $12::timestamptz[])
              AS item (step_id, execution_id, agent_id, status, attempt, output, error, code, input_tokens, output_tokens,
-                      started_at, finished_at), durability
+                      started_at, finished_at)
+      JOIN execution USING (execution_id, attempt), durability
+       FOR SHARE OF execution
         ON CONFLICT (execution_id, agent_id) DO UPDATE SET
            status = excluded.status, attempt = excluded.attempt, output = excluded.output, error = excluded.error,
            code = excluded.code, input_tokens = excluded.input_tokens, output_tokens = excluded.output_tokens,
-           started_at = excluded.started_at, finished_at = excluded.finished_at
-     WHERE step.attempt <= excluded.attempt`,
+           started_at = excluded.started_at, finished_at = excluded.finished_at`,
 };
 
 /** Writes steps, those of all executions that change in the same moment in one statement. */
 @Injectable()
-export class StepStore {
+export class StepStore implements OnApplicationShutdown {
+  private readonly logger = new Logger(StepStore.name);
+  private readonly shutdown = new AbortController();
   private readonly saves = new GroupCommit<Step, void>((steps) => this.write(steps));
 
   constructor(private readonly pool: Pool) {}
 
-  /** Resolves after the commit. Saves of the same step keep their order. */
+  onApplicationShutdown(): void {
+    this.shutdown.abort(new Error('The step store is closed.'));
+  }
+
+  /** Resolves after the commit, however long the database is away, or when a newer attempt shuts this one out. Saves of the same step keep their order. */
   save(step: Step): Promise<void> {
     return this.saves.add({ ...step });
   }
@@ -42,24 +51,25 @@ export class StepStore {
   private async write(saves: Step[]): Promise<void[]> {
     // One statement can't write a row twice: the last state of a step stands for all of them.
     const steps = [...new Map(saves.map((step) => [step.step_id, step])).values()];
-    await this.pool.query({
-      ...SAVE,
-      values: [
-        steps.map((step) => step.step_id),
-        steps.map((step) => step.execution_id),
-        steps.map((step) => step.agent_id),
-        steps.map((step) => step.status),
-        steps.map((step) => step.attempt),
-        steps.map((step) => (step.output === null ? '' : JSON.stringify(step.output))).join(ROW_SEPARATOR),
-        steps.map((step) => step.error?.replaceAll('\u0000', '\ufffd') ?? null), // `text` can't hold U+0000
-        steps.map((step) => step.code),
-        steps.map((step) => step.input_tokens),
-        steps.map((step) => step.output_tokens),
-        steps.map((step) => step.started_at),
-        steps.map((step) => step.finished_at),
-        // A step that has only begun is no checkpoint: nobody relies on its row.
-        steps.some((step) => step.finished_at !== null) ? 'on' : 'off',
-      ],
+    const values = [
+      steps.map((step) => step.step_id),
+      steps.map((step) => step.execution_id),
+      steps.map((step) => step.agent_id),
+      steps.map((step) => step.status),
+      steps.map((step) => step.attempt),
+      steps.map((step) => (step.output === null ? '' : JSON.stringify(step.output))).join(ROW_SEPARATOR),
+      steps.map((step) => step.error?.replaceAll('\u0000', '\ufffd') ?? null), // `text` can't hold U+0000
+      steps.map((step) => step.code),
+      steps.map((step) => step.input_tokens),
+      steps.map((step) => step.output_tokens),
+      steps.map((step) => step.started_at),
+      steps.map((step) => step.finished_at),
+      // A step that has only begun is no checkpoint.
+      steps.some((step) => step.finished_at !== null) ? 'on' : 'off',
+    ];
+    await retryWhileUnavailable(() => this.pool.query({ ...SAVE, values }), {
+      signal: this.shutdown.signal,
+      onRetry: (error) => this.logger.warn(error),
     });
     return saves.map(() => undefined);
   }

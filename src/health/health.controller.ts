@@ -55,7 +55,8 @@ export class HealthController implements OnModuleDestroy {
   @ApiExcludeEndpoint()
   @Header('Content-Type', 'text/plain; version=0.0.4; charset=utf-8')
   async scrape(): Promise<string> {
-    this.metrics.queueDepth.set(await this.queue.depth());
+    // The other figures are wanted most when the queue can't be reached.
+    this.metrics.queueDepth.set(await this.queue.depth().catch(() => NaN));
     return this.metrics.registry.metrics();
   }
 

@@ -129,6 +129,11 @@ function toPromptMessage({ role, content }: ModelMessage): LanguageModelV3Messag
   return role === 'system' ? { role, content } : { role, content: [{ type: 'text', text: content }] };
 }
 
+/** What an upstream calls a number of tokens, as one that an integer column can keep. */
+function toCount(tokens = 0): number {
+  return Math.min(Math.max(0, Math.round(tokens)), 2_147_483_647);
+}
+
 function toUsage(usage: LanguageModelV3Usage): ModelUsage {
-  return { input_tokens: usage.inputTokens.total ?? 0, output_tokens: usage.outputTokens.total ?? 0 };
+  return { input_tokens: toCount(usage.inputTokens.total), output_tokens: toCount(usage.outputTokens.total) };
 }

@@ -101,8 +101,9 @@ export class BullQueue extends ExecutionQueue {
         this.logger.error(error);
         await sleep(RETRY_DELAY_MS, undefined, { signal }).catch(() => undefined); // the shutdown ends the wait
       }
-      // Back to the other workers, or to this one: an execution only leaves the queue by its end.
-      await job.moveToWait(token);
+      // Back to the other workers, or to this one. If that fails too, the lock runs out, which has the same effect; what
+      // must not happen is that BullMQ takes the job for failed and removes it.
+      await job.moveToWait(token).catch((failure: unknown) => this.logger.warn(failure));
       throw new WaitingError();
     }
   }

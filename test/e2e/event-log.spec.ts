@@ -62,10 +62,34 @@ async function readAll(from: EventLog, executionId: string, after = 0): Promise<
   return chunks;
 }
 
+async function readSome(from: EventLog, executionId: string, count: number): Promise<Chunk[]> {
+  const chunks: Chunk[] = [];
+  for await (const batch of from.read(executionId, 0, { signal: AbortSignal.timeout(20_000) })) {
+    chunks.push(...batch.chunks.map((line) => JSON.parse(line) as Chunk));
+    if (chunks.length >= count) break;
+  }
+  return chunks;
+}
+
 const content = (data: string) => ({ type: 'content', data, agent_id: 'a' }) as const;
 const sequences = (chunks: Chunk[]) => chunks.map(({ sequence }) => sequence);
 const upTo = (last: number, first = 1) =>
   Array.from({ length: last - first + 1 }, (_, index) => first + index);
+
+describe('a writer that failed for good', () => {
+  it('says why, and writes nothing more', async () => {
+    const owner = await begin();
+    const writer = log.open(owner);
+    // PostgreSQL's text can't hold what JSON.stringify escapes, so only a wrong owner makes the statement itself fail.
+    const broken = log.open({ ...owner, execution_id: 'not-a-uuid' });
+    broken.append(content('x'));
+    await expect(broken.flush()).rejects.toMatchObject({ code: '22P02' });
+    await expect(broken.finish(END)).rejects.not.toThrow(FencedError);
+    writer.append(content('fine'));
+    await writer.flush();
+    expect(sequences(await readSome(log, owner.execution_id, 1))).toEqual([1]);
+  });
+});
 
 describe('an older attempt', () => {
   it('that goes on writing changes nothing, and is told so', async () => {
@@ -146,6 +170,21 @@ it('silence is reported to a reader that asks for it, and an abort ends it witho
   const next = reader.next();
   abort.abort();
   expect((await next).done).toBe(true);
+});
+
+it('silence stays silence for a reader although processes tell each other their positions every two seconds', async () => {
+  const owner = await begin();
+  const writer = log.open(owner);
+  const abort = new AbortController();
+  const readers = [log, otherLog].map((from) =>
+    from.read(owner.execution_id, 0, { signal: abort.signal, idleMs: 2500 }),
+  );
+  const first = readers.map((reader) => reader.next());
+  writer.append(content('x'));
+  for (const { value } of await Promise.all(first)) expect(value?.chunks).toHaveLength(1);
+  for (const { value } of await Promise.all(readers.map((reader) => reader.next())))
+    expect(value?.chunks).toEqual([]);
+  abort.abort();
 });
 
 it('whatever the writer does and wherever readers are cut, the parts join to the whole', async () => {
