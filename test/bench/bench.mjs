@@ -198,8 +198,7 @@ async function measure(setup, letter, cell) {
 /** Measures every cell with every server in turn, round after round. Stops earlier rather than run for too long. */
 async function measureAll(setup, options, { signal, onCell }) {
   const seconds = options.quick ? QUICK_WARM_UP_SECONDS : WARM_UP_SECONDS;
-  for (const letter of options.only)
-    await warmUp(setup, letter, { streams: 100, delay: 0, seconds });
+  for (const letter of options.only) await warmUp(setup, letter, { streams: 100, delay: 0, seconds });
   const records = [];
   let longest = 0;
   for (let round = 1; round <= options.rounds; round++) {
