@@ -57,14 +57,15 @@ function translate(thrown: unknown): AppError {
     return new AppError('unavailable', thrown.message, { retryAfter: 1, cause: thrown });
   }
   if (thrown instanceof Error && status !== undefined && status < 500) {
-    const isJson = 'type' in thrown && thrown.type === 'entity.parse.failed';
-    const code = isJson ? 'invalid_json' : (CODES_BY_STATUS[status] ?? 'validation_failed');
-    return new AppError(code, thrown.message, { cause: thrown });
+    // Nest makes the same exception of a body that is not JSON and of an address with a broken percent-encoding.
+    const code = thrown.message.startsWith('Failed to decode param') ? undefined : CODES_BY_STATUS[status];
+    return new AppError(code ?? 'validation_failed', thrown.message, { cause: thrown });
   }
   return toAppError(thrown);
 }
 
 const CODES_BY_STATUS: Record<number, ErrorCode> = {
+  400: 'invalid_json',
   404: 'not_found',
   413: 'payload_too_large',
   415: 'unsupported_media_type',

@@ -163,7 +163,14 @@ describe('a request that wants to break the server gets a 4xx that names the fau
       status: 404,
       body: { code: 'not_found' },
     });
-    expect((await studio.json('/api/executions/%E0%A4%A')).status).toBe(400);
+    expect(await studio.json('/api/executions/%E0%A4%A')).toMatchObject({
+      status: 400,
+      body: { code: 'validation_failed' },
+    });
+    expect(await post('/api/workflows/execute', '{')).toMatchObject({
+      status: 400,
+      body: { code: 'invalid_json' },
+    });
     expect((await studio.json('/api/executions?limit=0')).status).toBe(400);
     expect((await studio.json('/api/executions?status=x&cursor=1&from=yesterday')).status).toBe(400);
   });
