@@ -71,14 +71,23 @@ export class ExecutionsReader {
 
   async steps(executionId: string): Promise<StepListDto> {
     await this.find(executionId);
-    return { items: (await this.findSteps(executionId)).map((step) => StepDto.from(step)) };
+    const rows = await this.allSteps.find({
+      where: { execution_id: executionId },
+      order: { started_at: { direction: 'ASC', nulls: 'LAST' }, step_id: 'ASC' },
+    });
+    return { items: rows.map((row) => StepDto.from(row)) };
   }
 
   async progress(executionId: string): Promise<ProgressDto> {
     const { status, revision_id } = await this.find(executionId);
     const [{ graph }, steps] = await Promise.all([
       this.deployments.revision(revision_id),
-      this.findSteps(executionId),
+      // Without the outputs: this is asked for again and again.
+      this.allSteps.find({
+        where: { execution_id: executionId },
+        select: { agent_id: true, status: true },
+        order: { started_at: 'ASC' },
+      }),
     ]);
     const running = steps.filter((step) => step.status === 'running');
     const completed = steps.length - running.length;
@@ -118,13 +127,6 @@ export class ExecutionsReader {
       throw new AppError('log_expired', `The result can still be read at /api/executions/${executionId}.`);
     }
     return { after: cursor, ended };
-  }
-
-  private findSteps(executionId: string): Promise<Step[]> {
-    return this.allSteps.find({
-      where: { execution_id: executionId },
-      order: { started_at: { direction: 'ASC', nulls: 'LAST' }, step_id: 'ASC' },
-    });
   }
 }
 
