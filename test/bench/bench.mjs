@@ -42,12 +42,13 @@
 import { mkdtemp, mkdir, rm, writeFile } from 'node:fs/promises';
 import { cpus, tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import { startPostgres } from './postgres.mjs';
-import { Child, machineCpu, pin, postgresCpu } from './processes.mjs';
+import { machineCpu, pin, postgresCpu } from './processes.mjs';
 import { judgeTargets, render, summarize } from './report.mjs';
-import { REQUEST_PATH, SERVERS, requestBody, startUpstream } from './servers.mjs';
+import { REQUEST_PATH, SERVERS, requestBody, startLoad, startUpstream } from './servers.mjs';
 
 /** After this long no further round is begun that would be over too late; ms since the start of this process. */
 const BUDGET_MS = 150_000;
@@ -59,21 +60,38 @@ const QUICK_SECONDS = 0.8;
 /** A stream with a delay takes a second: two of them, one after the other. */
 const DELAYED_SECONDS = 1.1;
 
+/** From here on other programs change the figures, first those of few streams. */
+const DISTURBED_PERCENT = 15;
+const START_TIMEOUT_MS = 30_000;
+
 /** Ends what was started, in reverse order, on every way out. */
 class Cleanup {
   ends = [];
+  starting = new Set();
   isOver = false;
 
-  /** Makes something that must be ended; where the benchmark has been stopped meanwhile, it is ended at once. */
-  async own(made, end) {
-    const thing = await made;
-    this.ends.push(() => end(thing));
-    if (this.isOver) await this.run();
-    return thing;
+  /** Makes something that must be ended. Rejects once the benchmark is over, so that nothing more is begun. */
+  async own(make, end) {
+    if (this.isOver) throw new Error('The benchmark is over.');
+    const making = make();
+    this.starting.add(making);
+    try {
+      const made = await making;
+      this.ends.push(() => end(made));
+      if (this.isOver) throw new Error('The benchmark is over.');
+      return made;
+    } finally {
+      this.starting.delete(making);
+    }
   }
 
   async run() {
     this.isOver = true;
+    // What is just being started can be ended only after that.
+    await Promise.race([
+      Promise.allSettled(this.starting),
+      sleep(START_TIMEOUT_MS, undefined, { ref: false }),
+    ]);
     for (let end = this.ends.pop(); end; end = this.ends.pop()) {
       await Promise.resolve(end()).catch((error) => console.error(error));
     }
@@ -116,37 +134,36 @@ function readOptions() {
 
 /** Starts everything that the measurements need. */
 async function start(options, { cleanup, cores, onDeath }) {
-  const folder = await cleanup.own(mkdtemp(join(tmpdir(), 'agent-studio-bench-')), (path) =>
-    rm(path, { recursive: true, force: true }),
+  const folder = await cleanup.own(
+    () => mkdtemp(join(tmpdir(), 'agent-studio-bench-')),
+    (path) => rm(path, { recursive: true, force: true }),
   );
   // There is no .env in this folder that Agent Studio could read.
   const common = { cwd: folder, onDeath };
   const launch = (starting) => cleanup.own(starting, ({ child }) => child.end());
+  const { dist } = options;
   let postgres;
   if (options.only.includes('a')) {
     const serverUrl = process.env.BENCH_DATABASE_URL || undefined;
-    const starting = startPostgres({ dist: options.dist, folder: join(folder, 'data'), serverUrl });
-    postgres = await cleanup.own(starting, (server) => server.end());
-  }
-  const upstream = await launch(startUpstream(common));
-  const load = new Child('load', {
-    ...common,
-    args: [fileURLToPath(new URL('./load.mjs', import.meta.url))],
-  });
-  await launch({ child: load });
-  const servers = {};
-  for (const letter of options.only) {
-    servers[letter] = await launch(
-      SERVERS[letter].start({
-        ...common,
-        core: cores.server,
-        dist: options.dist,
-        upstreamUrl: upstream.url,
-        databaseUrl: postgres?.url,
-      }),
+    postgres = await cleanup.own(
+      () => startPostgres({ dist, folder: join(folder, 'data'), serverUrl }),
+      (server) => server.end(),
     );
   }
-  return { servers, upstream: upstream.child, load, postgres };
+  const upstream = await launch(() => startUpstream(common));
+  const load = await launch(() => startLoad(common));
+  const servers = {};
+  for (const letter of options.only) {
+    const settings = {
+      ...common,
+      dist,
+      core: cores.server,
+      upstreamUrl: upstream.url,
+      databaseUrl: postgres?.url,
+    };
+    servers[letter] = await launch(() => SERVERS[letter].start(settings));
+  }
+  return { servers, upstream: upstream.child, load: load.child, postgres };
 }
 
 /** CPU µs so far, and what the server holds of memory. */
@@ -243,6 +260,12 @@ async function run(options, { cleanup, signal, onDeath }) {
   if (showsProgress) process.stderr.write('\r\u001b[K');
   const cells = summarize(records);
   const targets = judgeTargets(cells);
+  const others = Math.max(...cells.map((cell) => cell.others_core_percent ?? 0));
+  if (others > DISTURBED_PERCENT) {
+    notes.push(
+      `DISTURBED: other programs used up to ${Math.round(others)} % of a core. Repeat it on a quiet machine.`,
+    );
+  }
   const machine = {
     node: process.version,
     cpu: cpus()[0]?.model,

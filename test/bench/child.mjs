@@ -43,6 +43,6 @@ export function answer(question, handler) {
 /** Tells the benchmark on which port of 127.0.0.1 this process listens. */
 export function announce(server) {
   server.listen({ port: 0, host: '127.0.0.1', backlog: 1024 }, () =>
-    process.send({ port: server.address().port }),
+    process.send({ ready: server.address().port }),
   );
 }

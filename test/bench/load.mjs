@@ -125,3 +125,4 @@ answer('load', async ({ port, path, body, streams, seconds }) => {
     faults,
   };
 });
+process.send({ ready: true });

@@ -29,7 +29,11 @@ export async function startPostgres({ dist, folder, serverUrl }) {
 
 async function startOwn(dist, folder) {
   const file = pathToFileURL(join(dist, 'database/embedded-postgres.js'));
-  const { startEmbeddedPostgres } = await import(file);
+  const { startEmbeddedPostgres } = await import(file).catch((error) => {
+    throw new Error(`There is no build of Agent Studio in ${dist}. Make one with "npm run build".`, {
+      cause: error,
+    });
+  });
   // Its processes run where this one is pinned to.
   const server = await startEmbeddedPostgres({ dataDir: folder, log: console.error });
   return { url: server.url, postmaster: await findPostmaster(server.url), end: () => server.stop() };

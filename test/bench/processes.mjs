@@ -4,6 +4,8 @@ import { readFileSync, readdirSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 
 const CHILD = fileURLToPath(new URL('./child.mjs', import.meta.url));
+/** Of /proc, on every architecture of Linux that Node.js runs on (USER_HZ is 100). */
+const TICK_US = 10_000;
 const ANSWER_TIMEOUT_MS = 120_000;
 const END_TIMEOUT_MS = 3000;
 
@@ -52,15 +54,19 @@ export class Child {
       detached: true,
     });
     this.exited = new Promise((resolve) => this.process.on('exit', resolve));
-    this.port = new Promise((resolve) => {
-      this.process.on('message', (message) => {
-        if (message.port !== undefined) resolve(message.port);
-        else this.settle(message);
-      });
+    /** Resolves with what the process says when it is ready: a server's is its port. */
+    this.ready = new Promise((resolve, reject) => {
+      this.onReady = { resolve, reject };
+    });
+    this.ready.catch(() => undefined); // `onDeath` tells the same
+    this.process.on('message', (message) => {
+      if (message.ready === undefined) this.settle(message);
+      else this.onReady.resolve(message.ready);
     });
     const died = (why) => {
       this.hasEnded = true;
       const error = new Error(`The process "${name}" ${why}.`);
+      this.onReady.reject(error);
       for (const { reject } of this.questions.values()) reject(error);
       if (!this.ending) onDeath(error);
     };
@@ -117,7 +123,7 @@ export function postgresCpu(postmaster) {
     const stat = readStat(name);
     if (stat?.parent === postmaster) ticks += stat.cpu;
   }
-  return (ticks * 1e6) / ticksPerSecond();
+  return ticks * TICK_US;
 }
 
 /** The PostgreSQL server that one of its backends belongs to; undefined where it runs on another machine. */
@@ -130,7 +136,7 @@ export function postmasterOf(backend) {
 export function machineCpu() {
   try {
     const [, user, nice, system] = readFileSync('/proc/stat', 'utf8').split(/\s+/, 4).map(Number);
-    return ((user + nice + system) * 1e6) / ticksPerSecond();
+    return (user + nice + system) * TICK_US;
   } catch {
     return undefined; // not Linux
   }
@@ -156,10 +162,4 @@ function readStatus(pid, key) {
   } catch {
     return undefined; // not Linux
   }
-}
-
-let ticks;
-function ticksPerSecond() {
-  ticks ??= Number(execFileSync('getconf', ['CLK_TCK'], { encoding: 'utf8' }));
-  return ticks;
 }

@@ -30,13 +30,20 @@ export function requestBody(delay) {
 export const REQUEST_PATH = '/api/workflows/execute/stream';
 
 export async function startUpstream(options) {
-  const child = new Child('upstream', { ...options, core: undefined, args: [script('upstream')] });
-  return { child, url: `http://127.0.0.1:${await child.port}/v1` };
+  const child = new Child('upstream', { ...options, args: [script('upstream')] });
+  return { child, url: `http://127.0.0.1:${await child.ready}/v1` };
+}
+
+export async function startLoad(options) {
+  const file = fileURLToPath(new URL('./load.mjs', import.meta.url));
+  const child = new Child('load', { ...options, args: [file] });
+  await child.ready;
+  return { child };
 }
 
 async function startBare(name, { upstreamUrl, ...options }) {
   const child = new Child(name, { ...options, args: [script(name)], env: { UPSTREAM_URL: upstreamUrl } });
-  return { child, port: await child.port };
+  return { child, port: await child.ready };
 }
 
 async function startAgentStudio({ upstreamUrl, databaseUrl, dist, ...options }) {
