@@ -9,9 +9,10 @@ import type { ServerConfig } from '../config.js';
 import { EventLog } from '../event-log/event-log.js';
 import type { LogBatch } from '../event-log/event-log.js';
 import { Metrics } from '../metrics.js';
+import { ExecutionsAcceptance } from './executions.acceptance.js';
 import type { ExecuteDto } from './executions.dto.js';
 import { ExecutionsReader } from './executions.reader.js';
-import { ExecutionsService } from './executions.service.js';
+import { nameExecution } from './executions.service.js';
 import { FrameOutput } from './frame-output.js';
 
 /**
@@ -39,13 +40,31 @@ export class ExecutionStreams {
     private readonly log: EventLog,
     @Inject(CONFIG) private readonly config: ServerConfig,
     private readonly metrics: Metrics,
-    private readonly executions: ExecutionsService,
+    private readonly acceptance: ExecutionsAcceptance,
     private readonly reader: ExecutionsReader,
   ) {}
 
-  /** Accepts an execution and streams it from its first chunk. Rejects as {@link ExecutionsService.accept} does. */
-  async start(request: ExecuteDto, response: Response): Promise<Observable<MessageEvent>> {
-    const { execution_id } = await this.executions.accept(request, response);
+  /**
+   * Accepts an execution and streams it from its first chunk. A request that was accepted before, as its idempotency key
+   * or `lastEventId` tells, runs nothing: its execution is followed. Rejects as {@link ExecutionsAcceptance.accept} and
+   * {@link ExecutionsReader.streamStart} do.
+   */
+  async start(
+    request: ExecuteDto,
+    {
+      idempotencyKey,
+      lastEventId,
+      response,
+    }: { idempotencyKey?: string; lastEventId?: string; response: Response },
+  ): Promise<Observable<MessageEvent>> {
+    if (lastEventId) {
+      const executionId = await this.reader.findRepeated(request, lastEventId);
+      nameExecution(response, executionId);
+      return this.follow(executionId, { lastEventId, response });
+    }
+    const { execution_id, status } = await this.acceptance.accept(request, idempotencyKey);
+    nameExecution(response, execution_id);
+    if (status !== 'queued') return this.follow(execution_id, { response });
     return this.open({ execution_id, after: 0, response });
   }
 

@@ -36,9 +36,23 @@ const STREAM = {
   schema: { type: 'string' },
 } as const;
 
+const IDEMPOTENCY_KEY = {
+  name: 'Idempotency-Key',
+  required: false,
+  description: 'The same key and body get the same execution, which runs once',
+} as const;
+
+const LAST_EVENT_ID = {
+  name: 'Last-Event-ID',
+  required: false,
+  description: 'The id of the last event that the client has; the stream goes on after it',
+} as const;
+
 /** What can be wrong with a request to run something. */
 const REFUSALS = [
   'validation_failed',
+  'idempotency_key_invalid',
+  'idempotency_key_reused',
   'override_not_allowed',
   'deployment_not_found',
   'payload_too_large',
@@ -56,36 +70,44 @@ export class ExecuteController {
   /** Run a deployment and wait for its answer */
   @Post()
   @HttpCode(200)
+  @ApiHeader(IDEMPOTENCY_KEY)
   @ApiProblems(...REFUSALS, 'cancelled', 'model_error', 'agent_error', 'timeout')
   execute(
     @Body() request: ExecuteDto,
+    @Headers('idempotency-key') idempotencyKey: string | undefined,
     @Res({ passthrough: true }) response: Response,
   ): Promise<ExecuteResponseDto> {
-    return this.executions.execute(request, response);
+    return this.executions.execute(request, { idempotencyKey, response });
   }
 
   /** Run a deployment and stream its answer while it is generated (Server-Sent Events) */
   @Sse('stream', { method: RequestMethod.POST, maxPendingDataLength: 0 })
   @HttpCode(200)
+  @ApiHeader(IDEMPOTENCY_KEY)
+  @ApiHeader(LAST_EVENT_ID)
   @ApiProduces('text/event-stream')
   @ApiOkResponse(STREAM)
-  @ApiProblems(...REFUSALS)
+  @ApiProblems(...REFUSALS, 'invalid_cursor', 'execution_not_found', 'log_expired')
   stream(
     @Body() request: ExecuteDto,
+    @Headers('idempotency-key') idempotencyKey: string | undefined,
+    @Headers('last-event-id') lastEventId: string | undefined,
     @Res({ passthrough: true }) response: Response,
   ): Promise<Observable<MessageEvent>> {
-    return this.streams.start(request, response);
+    return this.streams.start(request, { idempotencyKey, lastEventId, response });
   }
 
   /** Run a deployment in the background; the answer's links lead to its state and its stream */
   @Post('async')
   @HttpCode(202)
+  @ApiHeader(IDEMPOTENCY_KEY)
   @ApiProblems(...REFUSALS)
   executeAsync(
     @Body() request: ExecuteDto,
+    @Headers('idempotency-key') idempotencyKey: string | undefined,
     @Res({ passthrough: true }) response: Response,
   ): Promise<ExecutionAcceptedDto> {
-    return this.executions.executeAsync(request, response);
+    return this.executions.executeAsync(request, { idempotencyKey, response });
   }
 }
 
@@ -128,11 +150,7 @@ export class ExecutionsController {
 
   /** Follow or replay a stream, from its beginning or from any chunk; 204 when nothing is left (Server-Sent Events) */
   @Sse(':execution_id/stream', { maxPendingDataLength: 0 })
-  @ApiHeader({
-    name: 'Last-Event-ID',
-    required: false,
-    description: 'The id of the last event that the client has',
-  })
+  @ApiHeader(LAST_EVENT_ID)
   @ApiProduces('text/event-stream')
   @ApiOkResponse(STREAM)
   @ApiProblems('invalid_cursor', 'execution_not_found', 'log_expired')

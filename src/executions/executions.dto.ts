@@ -112,16 +112,30 @@ export class ExecutionLinksDto {
   cancel: string;
 }
 
+/** What is known of an execution at the moment of its acceptance. */
+export type AcceptedExecution = Pick<
+  Execution,
+  'execution_id' | 'status' | 'deployment_name' | 'workflow_id' | 'deployment_id' | 'created_at'
+>;
+
 /** An accepted execution. */
 export class ExecutionAcceptedDto {
   execution_id: string;
-  /** @example queued */
-  status: string;
+  /** `queued`; what it is now, if the same request had been accepted before. */
+  @ApiProperty({ enum: EXECUTION_STATUSES })
+  status: (typeof EXECUTION_STATUSES)[number];
   deployment_name: string;
   workflow_id: string;
   deployment_id: string;
   created_at: Date;
   links: ExecutionLinksDto;
+
+  /** Reads an execution at its acceptance as clients see it. */
+  static from(accepted: AcceptedExecution): ExecutionAcceptedDto {
+    const { execution_id, status, deployment_name, workflow_id, deployment_id, created_at } = accepted;
+    const links = executionLinks(execution_id);
+    return { execution_id, status, deployment_name, workflow_id, deployment_id, created_at, links };
+  }
 }
 
 /** Why something failed. `code` is one of docs/errors.md. */
@@ -293,6 +307,11 @@ export class StreamQueryDto {
   @Min(0)
   @Max(2_147_483_647)
   after?: number;
+}
+
+/** Whether nothing more can happen to an execution. */
+export function isFinal(status: Execution['status']): boolean {
+  return status !== 'queued' && status !== 'running';
 }
 
 /** The addresses of an execution, relative to the server. */

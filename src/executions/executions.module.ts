@@ -6,6 +6,7 @@ import { DeploymentsModule } from '../deployments/deployments.module.js';
 import { EventLogModule } from '../event-log/event-log.module.js';
 import { ModelsModule } from '../models/models.module.js';
 import { QueueModule } from '../queue/queue.module.js';
+import { ExecutionsAcceptance } from './executions.acceptance.js';
 import { ExecutionStreams } from './execution.stream.js';
 import { ExecuteController, ExecutionsController } from './executions.controller.js';
 import { ExecutionsReader } from './executions.reader.js';
@@ -25,6 +26,7 @@ import { StepStore } from './step-store.js';
   controllers: [ExecuteController, ExecutionsController],
   providers: [
     ExecutionStreams,
+    ExecutionsAcceptance,
     ExecutionsReader,
     ExecutionsService,
     ExecutionsWorker,

@@ -7,8 +7,15 @@ import { Execution } from '../database/entities/execution.entity.js';
 import { Step } from '../database/entities/step.entity.js';
 import { DeploymentsService } from '../deployments/deployments.service.js';
 import { AppError } from '../errors.js';
+import { isRequestOf } from './executions.acceptance.js';
 import { ExecutionDto, StepDto } from './executions.dto.js';
-import type { ExecutionPageDto, ListExecutionsDto, ProgressDto, StepListDto } from './executions.dto.js';
+import type {
+  ExecuteDto,
+  ExecutionPageDto,
+  ListExecutionsDto,
+  ProgressDto,
+  StepListDto,
+} from './executions.dto.js';
 
 /** How far an execution's log goes: `last_sequence` once it has ended, `stored_sequence` as far as its rows are kept. */
 const POSITION = {
@@ -103,6 +110,20 @@ export class ExecutionsReader {
   }
 
   /**
+   * Finds the execution that a repeated request began before, by the id of the last event that its client has. Rejects
+   * with `execution_not_found`, and with `invalid_cursor` if the event belongs to another request.
+   */
+  async findRepeated(request: ExecuteDto, lastEventId: string): Promise<string> {
+    const { executionId } = parseEventId(lastEventId);
+    const execution = await this.find(executionId);
+    if (isRequestOf(execution, request)) return execution.execution_id;
+    throw new AppError(
+      'invalid_cursor',
+      'Last-Event-ID belongs to an execution of another request. Leave the header out to begin a new one.',
+    );
+  }
+
+  /**
    * Checks where a client wants to go on: `lastEventId` is the `<execution_id>:<sequence>` of an event, and wins over
    * `after`, since a browser repeats the URL unchanged. Rejects with `execution_not_found`, `invalid_cursor` (not such an
    * id, of another execution, or past the end) or `log_expired`.
@@ -114,7 +135,7 @@ export class ExecutionsReader {
     if (!isUuid(executionId)) notFound();
     const { rows } = await this.pool.query<Position>({ ...POSITION, values: [executionId] });
     const position = rows[0] ?? notFound();
-    const cursor = lastEventId ? parseEventId(lastEventId, executionId) : after;
+    const cursor = lastEventId ? sequenceOf(lastEventId, executionId) : after;
     const end = position.last_sequence ?? position.stored_sequence ?? 0;
     if (cursor > end) {
       throw new AppError(
@@ -130,7 +151,13 @@ export class ExecutionsReader {
   }
 }
 
-function parseEventId(eventId: string, executionId: string): number {
+function sequenceOf(eventId: string, executionId: string): number {
+  const event = parseEventId(eventId);
+  if (event.executionId === executionId.toLowerCase()) return event.sequence;
+  throw new AppError('invalid_cursor', 'Last-Event-ID belongs to another execution.');
+}
+
+function parseEventId(eventId: string): { executionId: string; sequence: number } {
   const [, id, sequence] = /^([0-9a-f-]{36}):(\d{1,10})$/i.exec(eventId) ?? [];
   if (!id || !sequence) {
     throw new AppError(
@@ -138,10 +165,7 @@ function parseEventId(eventId: string, executionId: string): number {
       'Last-Event-ID must be the id of an event: <execution_id>:<sequence>.',
     );
   }
-  if (id.toLowerCase() !== executionId.toLowerCase()) {
-    throw new AppError('invalid_cursor', 'Last-Event-ID belongs to another execution.');
-  }
-  return Number(sequence);
+  return { executionId: id.toLowerCase(), sequence: Number(sequence) };
 }
 
 function notFound(): never {

@@ -31,6 +31,8 @@ export interface RuntimeConfig {
 
 /** What an execution was asked, kept word for word. */
 export interface ExecutionInput {
+  /** The environment that was asked for; absent if any was meant. */
+  environment?: string;
   query: string;
   chat_history: { actor: 'user' | 'assistant' | 'system'; content: string }[];
   runtime_overrides: Record<string, unknown>;

@@ -4,6 +4,10 @@ import type { ExecutionInput } from './configuration.js';
 /** One run of a deployment. It repeats the deployment's names, so that it stays readable after its deletion. */
 @Entity('execution')
 @Index('execution_deployment_finished', ['deployment_id', 'finished_at'])
+@Index('execution_idempotency_key', ['idempotency_key'], {
+  unique: true,
+  where: 'idempotency_key IS NOT NULL',
+})
 @Index('execution_unfinished', ['status'], { where: "status IN ('queued', 'running')" })
 export class Execution {
   /** A UUID of version 7, so that ids ascend in the order of acceptance. */
@@ -34,6 +38,10 @@ export class Execution {
 
   @Column('json')
   input: ExecutionInput;
+
+  /** The client's `Idempotency-Key`: a request with the same one gets this execution. */
+  @Column('text', { nullable: true })
+  idempotency_key: string | null;
 
   /** A JSON string, because `text` can't hold U+0000; null until the end. */
   @Column('json', { nullable: true })

@@ -1,0 +1,145 @@
+import { Injectable, Logger } from '@nestjs/common';
+import { Pool } from 'pg';
+import { v7 as uuidv7 } from 'uuid';
+import type { ExecutionInput } from '../database/entities/configuration.js';
+import type { Execution } from '../database/entities/execution.entity.js';
+import { DeploymentsService } from '../deployments/deployments.service.js';
+import { parseOverrides } from '../engine/definition.js';
+import { AppError } from '../errors.js';
+import { ChunkSerializer } from '../event-log/chunk.js';
+import { Metrics } from '../metrics.js';
+import { ModelRegistry } from '../models/model-registry.js';
+import { ExecutionQueue } from '../queue/execution-queue.js';
+import type { AcceptedExecution, ExecuteDto } from './executions.dto.js';
+
+/** Printable ASCII: what every HTTP library sends and returns unchanged. */
+const IDEMPOTENCY_KEY = /^[\x20-\x7e]{1,255}$/;
+
+/**
+ * The row and its first chunk: an execution whose acceptance is committed has a log that begins with `started`. Nothing
+ * is written if another execution has the idempotency key; one that is just being accepted is waited for.
+ */
+const ACCEPT = {
+  name: 'execution-accept',
+  text: `
+    WITH accepted AS (
+      INSERT INTO execution (execution_id, deployment_id, deployment_name, environment, workflow_id, revision_id, status,
+                             input, created_at, idempotency_key)
+      VALUES ($1, $2, $3, $4, $5, $6, 'queued', $7, $8, $9)
+          ON CONFLICT (idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
+      RETURNING execution_id)
+    INSERT INTO execution_chunk (execution_id, first_sequence, last_sequence, chunks)
+    SELECT execution_id, 1, 1, $10 FROM accepted`,
+};
+
+const FIND_BY_KEY = {
+  name: 'execution-find-by-key',
+  text: `
+    SELECT execution_id, status, deployment_id, deployment_name, workflow_id, input, created_at
+      FROM execution WHERE idempotency_key = $1`,
+};
+
+/** Takes in what clients want to run. */
+@Injectable()
+export class ExecutionsAcceptance {
+  private readonly logger = new Logger(ExecutionsAcceptance.name);
+
+  constructor(
+    private readonly pool: Pool,
+    private readonly deployments: DeploymentsService,
+    private readonly queue: ExecutionQueue,
+    private readonly models: ModelRegistry,
+    private readonly metrics: Metrics,
+  ) {}
+
+  /**
+   * Commits an execution and puts it into the queue. The row decides: an execution whose way into the queue failed is put
+   * there by the workers' sweep. A request that repeats an earlier one with its `idempotencyKey` gets that one's execution.
+   * Rejects with `deployment_not_found`, `override_not_allowed`, `idempotency_key_invalid` or `idempotency_key_reused`.
+   */
+  async accept(request: ExecuteDto, idempotencyKey?: string): Promise<AcceptedExecution> {
+    const earlier = await this.findEarlier(request, idempotencyKey);
+    if (earlier) return earlier;
+    const deployment = await this.deployments.findActive(request.deployment_name, request.environment);
+    const { graph, runtime_config } = await this.deployments.revision(deployment.revision_id);
+    const input = inputOf(request);
+    parseOverrides(input.runtime_overrides, {
+      agents: graph.agents,
+      allowed: runtime_config.allowed_overrides,
+      models: this.models,
+    });
+
+    const { deployment_id, deployment_name, environment, workflow_id, revision_id } = deployment;
+    const execution_id = uuidv7();
+    const created_at = new Date();
+    const serializer = new ChunkSerializer({ deployment_name, workflow_id, execution_id });
+    const started = serializer.serialize({ type: 'status', status: 'started' }, 1, created_at.getTime());
+    const values = [execution_id, deployment_id, deployment_name, environment, workflow_id, revision_id];
+    const inserted = this.pool.query({
+      ...ACCEPT,
+      values: [...values, JSON.stringify(input), created_at, idempotencyKey, started],
+    });
+    // At the same time, since a worker that is faster than the commit waits for it; with a key there may be no commit.
+    if (idempotencyKey === undefined) this.enqueue(execution_id);
+    const { rowCount } = await inserted;
+    // The same request won the race for the key, and is there to be found now.
+    if (rowCount === 0) return this.accept(request, idempotencyKey);
+    if (idempotencyKey !== undefined) this.enqueue(execution_id);
+    this.metrics.executions.inc({ state: 'queued' });
+    return { execution_id, status: 'queued', deployment_name, workflow_id, deployment_id, created_at };
+  }
+
+  private enqueue(executionId: string): void {
+    this.queue.add(executionId).catch((error: unknown) => this.logger.error(error));
+  }
+
+  private async findEarlier(
+    request: ExecuteDto,
+    idempotencyKey: string | undefined,
+  ): Promise<AcceptedExecution | undefined> {
+    if (idempotencyKey === undefined) return undefined;
+    if (!IDEMPOTENCY_KEY.test(idempotencyKey)) {
+      throw new AppError(
+        'idempotency_key_invalid',
+        'Idempotency-Key must have 1 to 255 printable ASCII characters, such as a UUID.',
+      );
+    }
+    const { rows } = await this.pool.query<Execution>({ ...FIND_BY_KEY, values: [idempotencyKey] });
+    const [earlier] = rows;
+    if (!earlier || isRequestOf(earlier, request)) return earlier;
+    throw new AppError(
+      'idempotency_key_reused',
+      `Idempotency-Key belongs to the execution ${earlier.execution_id}, which was asked something else. Use a new key for a new request.`,
+    );
+  }
+}
+
+/** Whether an execution was made by a request with this body. */
+export function isRequestOf(
+  execution: Pick<Execution, 'deployment_name' | 'input'>,
+  request: ExecuteDto,
+): boolean {
+  return (
+    execution.deployment_name === request.deployment_name &&
+    canonical(execution.input) === canonical(inputOf(request))
+  );
+}
+
+function inputOf(request: ExecuteDto): ExecutionInput {
+  return {
+    environment: request.environment,
+    query: request.query,
+    chat_history: request.chat_history ?? [],
+    runtime_overrides: request.runtime_overrides ?? {},
+    include: request.include ?? [],
+  };
+}
+
+/** The same text for the same JSON value, in whatever order its members are. */
+function canonical(value: unknown): string {
+  return JSON.stringify(value, (_key, part: unknown) =>
+    typeof part === 'object' && part !== null && !Array.isArray(part)
+      ? Object.fromEntries(Object.entries(part).toSorted(([one], [other]) => (one < other ? -1 : 1)))
+      : part,
+  );
+}
