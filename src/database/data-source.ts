@@ -4,6 +4,7 @@ import { DeploymentRevision } from './entities/deployment-revision.entity.js';
 import { Deployment } from './entities/deployment.entity.js';
 import { ExecutionChunk } from './entities/execution-chunk.entity.js';
 import { Execution } from './entities/execution.entity.js';
+import { ServerProcess } from './entities/server-process.entity.js';
 import { Step } from './entities/step.entity.js';
 import { Workflow } from './entities/workflow.entity.js';
 import { migrations } from './migrations/index.js';
@@ -27,7 +28,7 @@ export function createDataSource({ url, poolSize = 10 }: DatabaseOptions): DataS
     type: 'postgres',
     url,
     applicationName: 'agent-studio',
-    entities: [Workflow, Deployment, DeploymentRevision, Execution, Step, ExecutionChunk],
+    entities: [Workflow, Deployment, DeploymentRevision, Execution, Step, ExecutionChunk, ServerProcess],
     migrations,
     migrationsTransactionMode: 'each',
     synchronize: false,

@@ -51,6 +51,14 @@ export class RuntimeConfigDto {
   @ApiProperty({ type: 'integer', required: false, minimum: 0, maximum: 10, example: 2 })
   max_retries?: number;
 
+  /** How long an execution with `on_disconnect: "cancel"` goes on without a subscriber, in ms */
+  @IsOptional()
+  @IsInt()
+  @Min(0)
+  @Max(3_600_000)
+  @ApiProperty({ type: 'integer', required: false, minimum: 0, maximum: 3_600_000, default: 5000 })
+  disconnect_grace_ms?: number;
+
   /** The runtime overrides that requests may use; all of them if it is left out */
   @IsOptional()
   @IsArray()

@@ -132,6 +132,7 @@ function inputOf(request: ExecuteDto): ExecutionInput {
     chat_history: request.chat_history ?? [],
     runtime_overrides: request.runtime_overrides ?? {},
     include: request.include ?? [],
+    on_disconnect: request.on_disconnect,
   };
 }
 

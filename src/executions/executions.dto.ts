@@ -74,6 +74,15 @@ export class ExecuteDto {
   @ApiPropertyOptional({ type: 'object', additionalProperties: true, example: { temperature: 0.2 } })
   runtime_overrides?: Record<string, unknown>;
 
+  /**
+   * When no client follows the execution any more: `continue` lets it finish, `cancel` cancels it after the deployment's
+   * `disconnect_grace_ms`
+   * @default continue
+   */
+  @IsOptional()
+  @IsIn(['continue', 'cancel'])
+  on_disconnect?: 'continue' | 'cancel';
+
   /** `progress` adds chunks of that type: each step's state and the text of the agents in between */
   @IsOptional()
   @IsArray()
@@ -164,6 +173,10 @@ export class ExecutionDto {
   first_chunk_at?: Date;
   finished_at?: Date;
   cancel_requested_at?: Date;
+  /** Clients that follow its stream or wait for its end. */
+  subscribers: number;
+  /** When the last subscriber left before the end; absent while there is one, and if there never was one. */
+  disconnected_at?: Date;
   /** From acceptance to the end, in ms. */
   duration_ms?: number;
   /** From acceptance to the first content chunk, in ms. */
@@ -189,6 +202,8 @@ export class ExecutionDto {
       first_chunk_at: row.first_chunk_at ?? undefined,
       finished_at: row.finished_at ?? undefined,
       cancel_requested_at: row.cancel_requested_at ?? undefined,
+      subscribers: Object.values(row.subscribers).reduce((total, count) => total + count, 0),
+      disconnected_at: row.disconnected_at ?? undefined,
       duration_ms: since(row.finished_at),
       time_to_first_chunk_ms: since(row.first_chunk_at),
       links: executionLinks(row.execution_id),

@@ -11,9 +11,11 @@ import { ExecutionStreams } from './execution.stream.js';
 import { ExecuteController, ExecutionsController } from './executions.controller.js';
 import { ExecutionsReader } from './executions.reader.js';
 import { ExecutionsService } from './executions.service.js';
+import { ExecutionsSweep } from './executions.sweep.js';
 import { ExecutionsWorker } from './executions.worker.js';
 import { RunningExecutions } from './running-executions.js';
 import { StepStore } from './step-store.js';
+import { Subscribers } from './subscribers.js';
 
 @Module({
   imports: [
@@ -29,9 +31,11 @@ import { StepStore } from './step-store.js';
     ExecutionsAcceptance,
     ExecutionsReader,
     ExecutionsService,
+    ExecutionsSweep,
     ExecutionsWorker,
     RunningExecutions,
     StepStore,
+    Subscribers,
   ],
 })
 export class ExecutionsModule {}

@@ -10,6 +10,7 @@ import { ExecutionAcceptedDto, ExecutionDto, executionLinks, isFinal } from './e
 import type { ExecuteDto, ExecuteResponseDto } from './executions.dto.js';
 import { ExecutionsReader } from './executions.reader.js';
 import { RunningExecutions } from './running-executions.js';
+import { Subscribers } from './subscribers.js';
 
 const REQUEST_CANCEL = {
   name: 'execution-request-cancel',
@@ -27,6 +28,7 @@ export class ExecutionsService {
     private readonly log: EventLog,
     private readonly reader: ExecutionsReader,
     private readonly running: RunningExecutions,
+    private readonly subscribers: Subscribers,
   ) {}
 
   /** Runs a deployment and waits for its end. Rejects as {@link ExecutionsAcceptance.accept} does, and with the error that ended the run. */
@@ -38,6 +40,7 @@ export class ExecutionsService {
     response.once('close', () => gone.abort());
     const { execution_id, status } = await this.acceptance.accept(request, idempotencyKey);
     nameExecution(response, execution_id);
+    this.subscribers.follow(execution_id, response);
     if (!isFinal(status)) {
       for await (const batch of this.log.read(execution_id, 0, { signal: gone.signal })) {
         if (batch.terminal) break;
@@ -76,8 +79,12 @@ export class ExecutionsService {
   }
 }
 
-/** Names an execution in the headers of an answer: where it can be read, and where its stream can be followed. */
+/**
+ * Names an execution in the headers of an answer: where it can be read, and where its stream can be followed. Nest ends the
+ * answer at once when its client leaves during the acceptance.
+ */
 export function nameExecution(response: Response, executionId: string): void {
+  if (response.headersSent) return;
   const links = executionLinks(executionId);
   response.setHeader('Content-Location', links.self);
   response.setHeader('Location', links.stream);

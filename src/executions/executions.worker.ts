@@ -24,10 +24,6 @@ const FIRST_ROW_POLL_MS = 1;
 const LAST_ROW_POLL_MS = 100;
 /** An execution that was taken up this often without an end is given up, since it may be what stops its workers. */
 const MOST_ATTEMPTS = 10;
-/** How often accepted executions that are not in the queue are put there, and how old they must be to count as lost. */
-const SWEEP_MS = 10_000;
-const SWEEP_ROWS = 500;
-
 /**
  * Takes the execution: from here on `attempt` is its fencing token, and an older attempt can write nothing. The commit
  * does not wait for the disk, since nobody was told of it: were it lost, the execution would be claimed again.
@@ -61,21 +57,10 @@ const SPEAKERS = {
 };
 const STEPS = { name: 'execution-steps', text: 'SELECT * FROM step WHERE execution_id = $1' };
 
-const LOST = {
-  name: 'execution-lost',
-  text: `
-    SELECT execution_id FROM execution
-     WHERE (status = 'queued' AND created_at < now() - $1 * interval '1 ms')
-        OR (status = 'running' AND started_at < now() - 6 * $1 * interval '1 ms')
-     ORDER BY execution_id LIMIT $2`,
-};
-
 /** Takes executions out of the queue and runs them. */
 @Injectable()
 export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy {
   private readonly logger = new Logger(ExecutionsWorker.name);
-  private sweep: NodeJS.Timeout | undefined;
-  private closed = false;
 
   constructor(
     @Inject(CONFIG) private readonly config: ServerConfig,
@@ -95,12 +80,9 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
       (executionId, signal) => this.run(executionId, signal),
       this.config.WORKER_CONCURRENCY,
     );
-    this.scheduleSweep();
   }
 
   async onModuleDestroy(): Promise<void> {
-    this.closed = true;
-    clearTimeout(this.sweep);
     await this.queue.close(this.config.SHUTDOWN_GRACE_MS);
   }
 
@@ -108,9 +90,8 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
     const execution = await this.claim(executionId, letGo);
     if (!execution) return;
     const { log, models, steps, metrics } = this;
-    const cancelled = this.running.add(executionId);
+    const cancelled = this.running.add(execution);
     try {
-      if (execution.cancel_requested_at) this.running.cancel(executionId);
       const [revision, left] = await Promise.all([
         this.findRevision(execution),
         this.findLeftovers(execution),
@@ -119,6 +100,9 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
         const { code, message } = revision;
         await this.running.end(execution, left.lastSequence, { status: 'error', code, error: message });
         return;
+      }
+      if (execution.input.on_disconnect === 'cancel') {
+        this.running.cancelWhenAbandoned(execution, revision.runtime_config.disconnect_grace_ms);
       }
       const defaultTimeoutS = this.config.EXECUTION_TIMEOUT_S;
       await new ExecutionRun({
@@ -193,22 +177,5 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
     const values = [execution_id, unfinished];
     const { rows } = await this.pool.query<{ agent_id: string }>({ ...SPEAKERS, values });
     return rows.map(({ agent_id }) => agent_id);
-  }
-
-  private scheduleSweep(): void {
-    this.sweep = setTimeout(() => {
-      this.requeueLost()
-        .catch((error: unknown) => this.logger.warn(error))
-        .finally(() => this.closed || this.scheduleSweep());
-    }, SWEEP_MS);
-  }
-
-  /** Puts unfinished executions that the queue has lost back into it; those that are in it stay where they are. */
-  private async requeueLost(): Promise<void> {
-    const { rows } = await this.pool.query<{ execution_id: string }>({
-      ...LOST,
-      values: [SWEEP_MS, SWEEP_ROWS],
-    });
-    for (const { execution_id } of rows) await this.queue.add(execution_id);
   }
 }

@@ -6,15 +6,26 @@ import { EventLog, FencedError } from '../event-log/event-log.js';
 import type { ExecutionEnd } from '../event-log/event-log.js';
 import { Metrics } from '../metrics.js';
 
-/** How often a worker looks whether one of its executions was cancelled at another process. */
+/** How often a worker looks whether one of its executions was cancelled at another process, or lost its last subscriber. */
 const CANCEL_POLL_MS = 500;
+/** How long an execution that is to be cancelled without subscribers waits for one, where its deployment says nothing. */
+const DISCONNECT_GRACE_MS = 5000;
 
 const CANCELLED = {
   name: 'execution-cancelled',
-  text: `SELECT execution_id FROM execution WHERE execution_id = ANY ($1::uuid[]) AND cancel_requested_at IS NOT NULL`,
+  text: `
+    SELECT execution_id FROM execution JOIN unnest($1::uuid[], $2::int[]) AS run (execution_id, grace_ms) USING (execution_id)
+     WHERE cancel_requested_at IS NOT NULL
+        OR greatest(disconnected_at, $3) < now() - grace_ms * interval '1 ms' AND disconnected_at IS NOT NULL`,
 };
 
-/** The reason of a run's signal when a client cancelled it. */
+interface Run {
+  controller: AbortController;
+  /** How long it goes on without a subscriber, in ms; without end if null. */
+  graceMs: number | null;
+}
+
+/** The reason of a run's signal when a client cancelled it, or the last one left that it was run for. */
 export class CancelledError extends Error {
   override name = 'CancelledError';
 }
@@ -23,7 +34,9 @@ export class CancelledError extends Error {
 @Injectable()
 export class RunningExecutions implements OnApplicationShutdown {
   private readonly logger = new Logger(RunningExecutions.name);
-  private readonly runs = new Map<string, AbortController>();
+  private readonly runs = new Map<string, Run>();
+  /** Before it, clients may not have found this server: nobody counts as missing for longer. */
+  private readonly startedAt = new Date();
   private poll: NodeJS.Timeout | undefined;
   private closed = false;
 
@@ -40,23 +53,33 @@ export class RunningExecutions implements OnApplicationShutdown {
   }
 
   /** Makes a run known until `remove`; the signal aborts with a {@link CancelledError}. */
-  add(executionId: string): AbortSignal {
+  add({ execution_id, cancel_requested_at }: Execution): AbortSignal {
     const controller = new AbortController();
-    this.runs.set(executionId, controller);
+    this.runs.set(execution_id, { controller, graceMs: null });
+    if (cancel_requested_at) this.cancel(execution_id);
     this.metrics.runningExecutions.set(this.runs.size);
     this.poll ??= this.schedulePoll();
     return controller.signal;
   }
 
+  /** Stops the run once all its subscribers have been gone for `graceMs`. One that never had a subscriber goes on. */
+  cancelWhenAbandoned({ execution_id, disconnected_at }: Execution, graceMs = DISCONNECT_GRACE_MS): void {
+    const run = this.runs.get(execution_id);
+    if (run) run.graceMs = graceMs;
+    if (!disconnected_at) return;
+    const since = Math.max(disconnected_at.getTime(), this.startedAt.getTime());
+    if (Date.now() - since >= graceMs) this.cancel(execution_id);
+  }
+
   /** `signal` is what {@link add} gave: another attempt in this process may have taken the place. */
   remove(executionId: string, signal: AbortSignal): void {
-    if (this.runs.get(executionId)?.signal === signal) this.runs.delete(executionId);
+    if (this.runs.get(executionId)?.controller.signal === signal) this.runs.delete(executionId);
     this.metrics.runningExecutions.set(this.runs.size);
   }
 
   /** Stops the run if this process has it; another process finds the request in the database. */
   cancel(executionId: string): void {
-    this.runs.get(executionId)?.abort(new CancelledError('The execution was cancelled.'));
+    this.runs.get(executionId)?.controller.abort(new CancelledError('The execution was cancelled.'));
   }
 
   /** Ends an execution that is not run. Does nothing if a worker took it over at this moment: that one goes on with it. */
@@ -87,7 +110,7 @@ export class RunningExecutions implements OnApplicationShutdown {
     if (this.runs.size === 0) return;
     const { rows } = await this.pool.query<{ execution_id: string }>({
       ...CANCELLED,
-      values: [[...this.runs.keys()]],
+      values: [[...this.runs.keys()], [...this.runs.values()].map((run) => run.graceMs), this.startedAt],
     });
     rows.forEach((row) => this.cancel(row.execution_id));
   }

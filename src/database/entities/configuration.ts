@@ -23,6 +23,8 @@ export interface RuntimeConfig {
   timeout?: number;
   /** How often a model call that failed before its first token is repeated. */
   max_retries?: number;
+  /** How long an execution that asks for `on_disconnect: "cancel"` is kept without a subscriber, in ms. */
+  disconnect_grace_ms?: number;
   /** Names of the runtime overrides that callers may use; all of them if absent. */
   allowed_overrides?: string[];
   /** Variables for templates and expressions; the request's win. */
@@ -37,4 +39,6 @@ export interface ExecutionInput {
   chat_history: { actor: 'user' | 'assistant' | 'system'; content: string }[];
   runtime_overrides: Record<string, unknown>;
   include: 'progress'[];
+  /** What happens when nobody follows the execution any more; absent: it goes on. */
+  on_disconnect?: 'continue' | 'cancel';
 }

@@ -8,6 +8,7 @@ import type { ExecutionInput } from './configuration.js';
   unique: true,
   where: 'idempotency_key IS NOT NULL',
 })
+@Index('execution_subscribed', ['execution_id'], { where: "subscribers <> '{}'" })
 @Index('execution_unfinished', ['status'], { where: "status IN ('queued', 'running')" })
 export class Execution {
   /** A UUID of version 7, so that ids ascend in the order of acceptance. */
@@ -77,4 +78,12 @@ export class Execution {
 
   @Column({ type: 'timestamptz', precision: 3, nullable: true })
   cancel_requested_at: Date | null;
+
+  /** Open streams and waiting requests of each server process that has some. */
+  @Column('jsonb', { default: {} })
+  subscribers: Record<string, number>;
+
+  /** When the last subscriber left before the end; null while there is one, and where there never was one. */
+  @Column({ type: 'timestamptz', precision: 3, nullable: true })
+  disconnected_at: Date | null;
 }

@@ -1,5 +1,6 @@
 import { InitialSchema1795393371531 } from './1795393371531-InitialSchema.js';
 import { IdempotencyKey1795409219638 } from './1795409219638-IdempotencyKey.js';
+import { Subscribers1795409778820 } from './1795409778820-Subscribers.js';
 
 /** Every migration, oldest first. They only go forward. */
-export const migrations = [InitialSchema1795393371531, IdempotencyKey1795409219638];
+export const migrations = [InitialSchema1795393371531, IdempotencyKey1795409219638, Subscribers1795409778820];
