@@ -43,8 +43,11 @@ export interface LogWriter {
   drain(): Promise<void> | undefined;
   /** Resolves when everything appended so far is committed; it does not wait for the flush interval. Rejects as {@link fenced} says. */
   flush(): Promise<void>;
-  /** Flushes, then writes the terminal chunk and the execution's end in one transaction. Rejects as {@link fenced} says. */
-  finish(end: ExecutionEnd): Promise<void>;
+  /**
+   * Flushes, then writes the terminal chunk and the execution's end in one transaction. Resolves with the status that it
+   * ended with: `cancelled`, whatever `end` says, if that was requested before. Rejects as {@link fenced} says.
+   */
+  finish(end: ExecutionEnd): Promise<TerminalStatus>;
 }
 
 /** A newer attempt owns the execution; whatever this one still wants to write is void. */

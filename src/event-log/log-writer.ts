@@ -1,5 +1,5 @@
 import { ChunkSerializer } from './chunk.js';
-import type { ChunkContent } from './chunk.js';
+import type { ChunkContent, TerminalStatus } from './chunk.js';
 import { FencedError } from './event-log.js';
 import type { ExecutionEnd, LogBatch, LogOwner, LogWriter } from './event-log.js';
 
@@ -16,14 +16,20 @@ export interface PendingRow {
   content: boolean;
 }
 
+/** An end with its chunk, and with the one that takes its place if the execution's cancellation was requested. */
+export interface WrittenEnd extends ExecutionEnd {
+  sequence: number;
+  chunk: string;
+  cancelled_chunk: string;
+  finished_at: Date;
+}
+
 /** What a writer needs of the log that it belongs to. */
 export interface LogWriterHost {
   /** The writer has chunks to flush. */
   schedule(writer: ExecutionLogWriter): void;
-  end(
-    writer: ExecutionLogWriter,
-    end: ExecutionEnd & { sequence: number; chunk: string; finished_at: Date },
-  ): Promise<boolean>;
+  /** Resolves with the status that the execution ended with, and with nothing if it is not this writer's any more. */
+  end(writer: ExecutionLogWriter, end: WrittenEnd): Promise<TerminalStatus | undefined>;
 }
 
 /** Numbers the chunks of one execution and collects them until the next flush. */
@@ -86,14 +92,19 @@ export class ExecutionLogWriter implements LogWriter {
     this.fence.signal.throwIfAborted();
   }
 
-  async finish(end: ExecutionEnd): Promise<void> {
+  async finish(end: ExecutionEnd): Promise<TerminalStatus> {
     await this.flush();
-    const finishedAt = new Date();
+    const finished_at = new Date();
     const sequence = ++this.sequence;
-    const status = { type: 'status', status: end.status, error: end.error, code: end.code } as const;
-    const chunk = this.serializer.serialize(status, sequence, finishedAt.getTime());
-    if (!(await this.host.end(this, { ...end, sequence, chunk, finished_at: finishedAt }))) this.shutOut();
-    this.fence.signal.throwIfAborted();
+    const { status, error, code } = end;
+    const serialize = (content: Pick<ExecutionEnd, 'status' | 'error' | 'code'>) =>
+      this.serializer.serialize({ type: 'status', ...content }, sequence, finished_at.getTime());
+    const chunk = serialize({ status, error, code });
+    const cancelled_chunk = serialize({ status: 'cancelled' });
+    const ended = await this.host.end(this, { ...end, sequence, chunk, cancelled_chunk, finished_at });
+    if (ended) return ended;
+    this.shutOut();
+    throw this.fence.signal.reason;
   }
 
   /** Everything that waits, as one row; it counts as in flight until {@link committed} or {@link shutOut}. */

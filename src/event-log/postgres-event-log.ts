@@ -8,20 +8,29 @@ import { SessionConnection } from '../database/session-connection.js';
 import { ROW_SEPARATOR } from '../database/row-separator.js';
 import { retryWhileUnavailable } from '../database/unavailable.js';
 import { Metrics } from '../metrics.js';
+import type { TerminalStatus } from './chunk.js';
 import { EventLog } from './event-log.js';
 import type { LogBatch, LogOwner, LogWriter } from './event-log.js';
 import { FlushSchedule } from './flush-schedule.js';
 import { LogNotifier } from './log-notifier.js';
 import { LogSubscriptions, batchOf, join, trim } from './log-subscriptions.js';
 import { ExecutionLogWriter } from './log-writer.js';
-import type { LogWriterHost, PendingRow } from './log-writer.js';
+import type { LogWriterHost, PendingRow, WrittenEnd } from './log-writer.js';
 import { END, FLUSH, READ } from './statements.js';
 
 /** Rows and bytes that a catching-up reader takes from the table at once. */
 const READ_ROWS = 64;
 const READ_BYTES = 256 * 1024;
 
-type WriterEnd = { writer: ExecutionLogWriter; end: Parameters<LogWriterHost['end']>[1] };
+interface EndedRow {
+  execution_id: string;
+  status: TerminalStatus;
+}
+
+interface WriterEnd {
+  writer: ExecutionLogWriter;
+  end: WrittenEnd;
+}
 
 /**
  * The event log on PostgreSQL: one row a flush and execution, one statement for all executions of the process.
@@ -37,7 +46,9 @@ export class PostgresEventLog
   private readonly subscriptions = new LogSubscriptions();
   private readonly dirty = new Set<ExecutionLogWriter>();
   private readonly flushes = new FlushSchedule(() => this.flush());
-  private readonly ends = new GroupCommit<WriterEnd, boolean>((items) => this.commitEnds(items));
+  private readonly ends = new GroupCommit<WriterEnd, TerminalStatus | undefined>((items) =>
+    this.commitEnds(items),
+  );
   private readonly shutdown = new AbortController();
   private readonly session: SessionConnection;
   private readonly notifier: LogNotifier;
@@ -110,7 +121,7 @@ export class PostgresEventLog
     this.flushes.request(wait);
   }
 
-  end(writer: ExecutionLogWriter, end: WriterEnd['end']): Promise<boolean> {
+  end(writer: ExecutionLogWriter, end: WrittenEnd): Promise<TerminalStatus | undefined> {
     return this.ends.add({ writer, end });
   }
 
@@ -197,7 +208,7 @@ export class PostgresEventLog
     );
   }
 
-  private async commitEnds(items: WriterEnd[]): Promise<boolean[]> {
+  private async commitEnds(items: WriterEnd[]): Promise<(TerminalStatus | undefined)[]> {
     const ends = items.map(({ end }) => end);
     const values = [
       items.map(({ writer }) => writer.owner.execution_id),
@@ -212,20 +223,23 @@ export class PostgresEventLog
       ends.map((end) => end.finished_at),
       ends.map((end) => end.sequence),
       ends.map((end) => end.chunk).join(ROW_SEPARATOR),
+      ends.map((end) => end.cancelled_chunk).join(ROW_SEPARATOR),
     ];
-    const { rows } = await this.retried(() => this.pool.query<{ execution_id: string }>({ ...END, values }));
-    const ended = new Set(rows.map((row) => row.execution_id));
+    const { rows } = await this.retried(() => this.pool.query<EndedRow>({ ...END, values }));
+    const ended = new Map(rows.map((row) => [row.execution_id, row.status]));
     const announced: { executionId: string; last: number }[] = [];
     for (const { writer, end } of items) {
       const executionId = writer.owner.execution_id;
-      if (!ended.has(executionId)) continue;
+      const status = ended.get(executionId);
+      if (!status) continue;
       announced.push({ executionId, last: end.sequence });
-      const batch = { first: end.sequence, last: end.sequence, chunks: [end.chunk], terminal: true };
-      this.subscriptions.deliver(executionId, batch, end.chunk.length);
+      const chunk = status === end.status ? end.chunk : end.cancelled_chunk;
+      const batch = { first: end.sequence, last: end.sequence, chunks: [chunk], terminal: true };
+      this.subscriptions.deliver(executionId, batch, chunk.length);
     }
     this.metrics.logChunks.inc(announced.length);
     this.notifier.announce(announced);
-    return items.map(({ writer }) => ended.has(writer.owner.execution_id));
+    return items.map(({ writer }) => ended.get(writer.owner.execution_id));
   }
 
   private retried<Result>(statement: () => Promise<Result>): Promise<Result> {

@@ -21,6 +21,7 @@ export const FLUSH = {
 
 /**
  * The ends of several executions, each with its terminal chunk and its deployment's counters, in one transaction.
+ * A cancellation that was requested wins over every other end, since its client was told that the execution is cancelled.
  * Deployments are locked in the order of their ids, so that two processes can't wait for each other. An execution that
  * has this end already counts as ended: the statement was repeated after a lost connection.
  */
@@ -30,12 +31,16 @@ export const END = {
     WITH ending AS MATERIALIZED (
       SELECT * FROM unnest(
         $1::uuid[], $2::int[], $3::text[], $4::text[], $5::text[], string_to_array($6, E'\\x1e'), $7::int[], $8::int[],
-        $9::timestamptz[], $10::timestamptz[], $11::int[], string_to_array($12, E'\\x1e')
+        $9::timestamptz[], $10::timestamptz[], $11::int[], string_to_array($12, E'\\x1e'),
+        string_to_array($13, E'\\x1e')
       ) AS item (execution_id, attempt, status, code, error, response, input_tokens, output_tokens,
-                 first_chunk_at, finished_at, sequence, chunk)
+                 first_chunk_at, finished_at, sequence, chunk, cancelled_chunk)
     ), ended AS (
       UPDATE execution SET
-             status = ending.status, code = ending.code, error = ending.error, response = ending.response::json,
+             status = CASE WHEN cancel_requested_at IS NULL THEN ending.status ELSE 'cancelled' END,
+             code = CASE WHEN cancel_requested_at IS NULL THEN ending.code END,
+             error = CASE WHEN cancel_requested_at IS NULL THEN ending.error END,
+             response = ending.response::json,
              input_tokens = ending.input_tokens, output_tokens = ending.output_tokens,
              first_chunk_at = coalesce(execution.first_chunk_at, ending.first_chunk_at),
              finished_at = ending.finished_at, last_sequence = ending.sequence
@@ -45,7 +50,8 @@ export const END = {
       RETURNING execution.execution_id, execution.deployment_id, execution.status, execution.error, execution.finished_at
     ), logged AS (
       INSERT INTO execution_chunk (execution_id, first_sequence, last_sequence, chunks)
-      SELECT execution_id, sequence, sequence, chunk FROM ending JOIN ended USING (execution_id)
+      SELECT execution_id, sequence, sequence, CASE WHEN ended.status = ending.status THEN chunk ELSE cancelled_chunk END
+        FROM ending JOIN ended USING (execution_id)
     ), locked AS MATERIALIZED (
       SELECT deployment_id FROM deployment
        WHERE deployment_id IN (SELECT deployment_id FROM ended) ORDER BY deployment_id FOR NO KEY UPDATE
@@ -68,10 +74,10 @@ export const END = {
                 FROM ended JOIN locked USING (deployment_id) GROUP BY deployment_id) AS ends
        WHERE deployment.deployment_id = ends.deployment_id
     )
-    SELECT execution_id FROM ended
+    SELECT execution_id, status FROM ended
     UNION
-    SELECT execution_id FROM execution JOIN ending USING (execution_id, attempt, status)
-     WHERE execution.last_sequence = ending.sequence`,
+    SELECT execution_id, execution.status FROM execution JOIN ending USING (execution_id, attempt)
+     WHERE execution.last_sequence = ending.sequence AND execution.status IN (ending.status, 'cancelled')`,
 };
 
 /**

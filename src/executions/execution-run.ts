@@ -203,9 +203,8 @@ export class ExecutionRun implements RunObserver {
       ...outcome.usage,
       first_chunk_at: this.writer.firstContentAt,
     };
-    await this.writer.finish(end);
+    const state = await this.writer.finish(end);
     const { metrics, execution } = this.options;
-    const state = end.status;
     metrics.executions.inc({ state });
     metrics.executionDuration.observe({ state }, (Date.now() - execution.created_at.getTime()) / 1000);
     if (end.first_chunk_at) {

@@ -1,3 +1,4 @@
+import { setTimeout as sleep } from 'node:timers/promises';
 import { Injectable } from '@nestjs/common';
 import type { Response } from 'express';
 import { Pool } from 'pg';
@@ -11,6 +12,10 @@ import type { ExecuteDto, ExecuteResponseDto } from './executions.dto.js';
 import { ExecutionsReader } from './executions.reader.js';
 import { RunningExecutions } from './running-executions.js';
 import { Subscribers } from './subscribers.js';
+
+/** How long a cancellation waits for the worker, which may be another process, to stop; and how often it looks. */
+const CANCEL_WAIT_MS = 1000;
+const CANCEL_POLL_MS = 20;
 
 const REQUEST_CANCEL = {
   name: 'execution-request-cancel',
@@ -61,8 +66,9 @@ export class ExecutionsService {
   }
 
   /**
-   * Asks for an end as `cancelled`. Cancelling again changes nothing. Rejects with `execution_finished` once it ended
-   * otherwise, and with `execution_not_found`.
+   * Ends an execution as `cancelled`, whatever it would have ended as. Answers when it has ended, or after a moment if the
+   * worker that runs it is slow to answer: no step begins after that. Cancelling again changes nothing. Rejects with
+   * `execution_finished` once it ended otherwise, and with `execution_not_found`.
    */
   async cancel(executionId: string): Promise<ExecutionDto> {
     if (isUuid(executionId)) {
@@ -71,7 +77,12 @@ export class ExecutionsService {
       if (requested?.status === 'queued') await this.running.end(requested, 1, { status: 'cancelled' });
       if (requested) this.running.cancel(executionId);
     }
-    const execution = await this.reader.find(executionId);
+    const giveUp = Date.now() + CANCEL_WAIT_MS;
+    let execution = await this.reader.find(executionId);
+    while (!isFinal(execution.status) && Date.now() < giveUp) {
+      await sleep(CANCEL_POLL_MS);
+      execution = await this.reader.find(executionId);
+    }
     if (execution.status === 'completed' || execution.status === 'error') {
       throw new AppError('execution_finished', `The execution ended as "${execution.status}" before.`);
     }

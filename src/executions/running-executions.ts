@@ -90,8 +90,8 @@ export class RunningExecutions implements OnApplicationShutdown {
   ): Promise<void> {
     const writer = this.log.open({ ...execution, last_sequence: lastSequence });
     try {
-      await writer.finish({ ...end, response: '', input_tokens: 0, output_tokens: 0 });
-      this.metrics.executions.inc({ state: end.status });
+      const state = await writer.finish({ ...end, response: '', input_tokens: 0, output_tokens: 0 });
+      this.metrics.executions.inc({ state });
     } catch (error) {
       if (!(error instanceof FencedError)) throw error;
     }
