@@ -142,12 +142,7 @@ export class DeploymentsService {
 
   async get(deploymentName: string, environment?: string): Promise<DeploymentDetailsDto> {
     const deployment = await this.find(deploymentName, environment);
-    const { rows } = await this.pool.query<RevisionRow>({
-      ...FIND_REVISION,
-      values: [deployment.revision_id],
-    });
-    if (!rows[0]) throw new Error(`The revision ${deployment.revision_id} is missing.`);
-    return { ...present(deployment), ...rows[0] };
+    return { ...present(deployment), ...(await this.readRevision(deployment.revision_id)) };
   }
 
   /** The row of a deployment, be it active or not; with `preferActive`, active ones come before `production`. */
@@ -211,10 +206,24 @@ export class DeploymentsService {
     return revision;
   }
 
-  private async loadRevision(revisionId: string): Promise<CompiledRevision> {
+  /** How many steps an execution of a revision has, be it one that this server can't run any more. */
+  async countSteps(revisionId: string): Promise<number> {
+    try {
+      return (await this.revision(revisionId)).graph.total_steps;
+    } catch (error) {
+      if (!(error instanceof AppError)) throw error;
+      return (await this.readRevision(revisionId)).configuration.agents.length;
+    }
+  }
+
+  private async readRevision(revisionId: string): Promise<RevisionRow> {
     const { rows } = await this.pool.query<RevisionRow>({ ...FIND_REVISION, values: [revisionId] });
     if (!rows[0]) throw new Error(`The revision ${revisionId} is missing.`);
-    const { configuration, runtime_config } = rows[0];
+    return rows[0];
+  }
+
+  private async loadRevision(revisionId: string): Promise<CompiledRevision> {
+    const { configuration, runtime_config } = await this.readRevision(revisionId);
     return { revision_id: revisionId, runtime_config, graph: this.workflows.compile(configuration) };
   }
 }
