@@ -5,6 +5,7 @@ import { Deployment } from './entities/deployment.entity.js';
 import { ExecutionChunk } from './entities/execution-chunk.entity.js';
 import { Execution } from './entities/execution.entity.js';
 import { ServerProcess } from './entities/server-process.entity.js';
+import { StatusEvent } from './entities/status-event.entity.js';
 import { Step } from './entities/step.entity.js';
 import { Workflow } from './entities/workflow.entity.js';
 import { migrations } from './migrations/index.js';
@@ -28,7 +29,16 @@ export function createDataSource({ url, poolSize = 10 }: DatabaseOptions): DataS
     type: 'postgres',
     url,
     applicationName: 'agent-studio',
-    entities: [Workflow, Deployment, DeploymentRevision, Execution, Step, ExecutionChunk, ServerProcess],
+    entities: [
+      Workflow,
+      Deployment,
+      DeploymentRevision,
+      Execution,
+      Step,
+      ExecutionChunk,
+      ServerProcess,
+      StatusEvent,
+    ],
     migrations,
     migrationsTransactionMode: 'each',
     synchronize: false,

@@ -1,7 +1,23 @@
-import { Body, Controller, Delete, Get, HttpCode, Param, Post, Query, Res } from '@nestjs/common';
+import {
+  Body,
+  Controller,
+  Delete,
+  Get,
+  HttpCode,
+  Headers,
+  Param,
+  Post,
+  Query,
+  Res,
+  Sse,
+} from '@nestjs/common';
+import type { MessageEvent } from '@nestjs/common';
 import { ApiOkResponse, ApiParam, ApiTags } from '@nestjs/swagger';
 import type { Response } from 'express';
+import type { Observable } from 'rxjs';
 import { ApiProblems } from '../problem.dto.js';
+import { ApiEventStream } from '../sse/api-event-stream.js';
+import { DeploymentEventsQueryDto } from '../status-events/status-events.dto.js';
 import { supportDesk, supportDeskId } from '../workflows/example.js';
 import {
   DeploymentDetailsDto,
@@ -106,6 +122,24 @@ export class DeploymentsController {
     @Query() { environment }: EnvironmentDto,
   ): Promise<DeploymentDetailsDto> {
     return this.deployments.get(deploymentName, environment);
+  }
+
+  /**
+   * Watch the status of a deployment and of its executions (Server-Sent Events)
+   *
+   * @remarks A snapshot of the deployment and its unfinished executions comes first, then every change of status once. It never ends by itself, and resumes without a gap.
+   */
+  @Sse('deployments/:deployment_name/events', { maxPendingDataLength: 0 })
+  @DeploymentName()
+  @ApiEventStream('Server-Sent Events; the data of each one is a snapshot or a change of status')
+  @ApiProblems('validation_failed', 'invalid_cursor', 'deployment_not_found')
+  events(
+    @Param('deployment_name') deploymentName: string,
+    @Query() query: DeploymentEventsQueryDto,
+    @Headers('last-event-id') lastEventId: string | undefined,
+    @Res({ passthrough: true }) response: Response,
+  ): Promise<Observable<MessageEvent>> {
+    return this.deployments.watch(deploymentName, query, { lastEventId, response });
   }
 
   /**

@@ -1,4 +1,5 @@
 import { Module } from '@nestjs/common';
+import { StatusEventsModule } from '../status-events/status-events.module.js';
 import { WorkflowsModule } from '../workflows/workflows.module.js';
 import { DeploymentsController } from './deployments.controller.js';
 import { DeploymentsService } from './deployments.service.js';
@@ -7,7 +8,7 @@ import { StatisticsService } from './statistics.service.js';
 
 /** Workflows made executable, and how their executions went. */
 @Module({
-  imports: [WorkflowsModule],
+  imports: [StatusEventsModule, WorkflowsModule],
   controllers: [DeploymentsController],
   providers: [DeploymentsService, StatisticsService, ExampleSeed],
   exports: [DeploymentsService],

@@ -1,5 +1,8 @@
 import { Injectable } from '@nestjs/common';
+import type { MessageEvent } from '@nestjs/common';
+import type { Response } from 'express';
 import { Pool } from 'pg';
+import type { Observable } from 'rxjs';
 import { DataSource } from 'typeorm';
 import type { EntityManager } from 'typeorm';
 import { v7 as uuidv7, validate as isUuid } from 'uuid';
@@ -10,6 +13,8 @@ import { Workflow } from '../database/entities/workflow.entity.js';
 import { present, quoted } from '../dto.js';
 import type { Graph } from '../engine/graph.js';
 import { AppError } from '../errors.js';
+import type { DeploymentEventsQueryDto } from '../status-events/status-events.dto.js';
+import { StatusStreams } from '../status-events/status.stream.js';
 import { WorkflowsService, notFound as workflowNotFound } from '../workflows/workflows.service.js';
 import { DEPLOYMENT_NAME, ENVIRONMENT } from './deployments.dto.js';
 import type {
@@ -102,6 +107,7 @@ export class DeploymentsService {
     private readonly pool: Pool,
     private readonly dataSource: DataSource,
     private readonly workflows: WorkflowsService,
+    private readonly statuses: StatusStreams,
   ) {}
 
   /**
@@ -143,6 +149,17 @@ export class DeploymentsService {
   async get(deploymentName: string, environment?: string): Promise<DeploymentDetailsDto> {
     const deployment = await this.find(deploymentName, environment);
     return { ...present(deployment), ...(await this.readRevision(deployment.revision_id)) };
+  }
+
+  /** Streams the status of a deployment, also beyond its deletion, and of its executions. */
+  async watch(
+    deploymentName: string,
+    { environment, status, after }: DeploymentEventsQueryDto,
+    client: { lastEventId?: string; response: Response },
+  ): Promise<Observable<MessageEvent>> {
+    const found = await this.find(deploymentName, environment);
+    const filter = { deployment_name: deploymentName, environment: found.environment, status };
+    return this.statuses.open({ ...filter, deployments: true }, { after, ...client });
   }
 
   /** The row of a deployment, be it active or not; with `preferActive`, active ones come before `production`. */

@@ -12,10 +12,13 @@ import {
   Sse,
 } from '@nestjs/common';
 import type { MessageEvent } from '@nestjs/common';
-import { ApiHeader, ApiOkResponse, ApiProduces, ApiTags } from '@nestjs/swagger';
+import { ApiHeader, ApiTags } from '@nestjs/swagger';
 import type { Response } from 'express';
 import type { Observable } from 'rxjs';
 import { ApiProblems } from '../problem.dto.js';
+import { ApiEventStream } from '../sse/api-event-stream.js';
+import { ExecutionEventsQueryDto } from '../status-events/status-events.dto.js';
+import { StatusStreams } from '../status-events/status.stream.js';
 import { ExecutionStreams } from './execution.stream.js';
 import {
   ExecuteDto,
@@ -31,21 +34,12 @@ import {
 import { ExecutionsReader } from './executions.reader.js';
 import { ExecutionsService } from './executions.service.js';
 
-const STREAM = {
-  description: 'Server-Sent Events; the data of each one is a chunk',
-  schema: { type: 'string' },
-} as const;
+const CHUNKS = 'Server-Sent Events; the data of each one is a chunk';
 
 const IDEMPOTENCY_KEY = {
   name: 'Idempotency-Key',
   required: false,
   description: 'The same key and body get the same execution, which runs once',
-} as const;
-
-const LAST_EVENT_ID = {
-  name: 'Last-Event-ID',
-  required: false,
-  description: 'The id of the last event that the client has; the stream goes on after it',
 } as const;
 
 /** What can be wrong with a request to run something. */
@@ -84,9 +78,7 @@ export class ExecuteController {
   @Sse('stream', { method: RequestMethod.POST, maxPendingDataLength: 0 })
   @HttpCode(200)
   @ApiHeader(IDEMPOTENCY_KEY)
-  @ApiHeader(LAST_EVENT_ID)
-  @ApiProduces('text/event-stream')
-  @ApiOkResponse(STREAM)
+  @ApiEventStream(CHUNKS)
   @ApiProblems(...REFUSALS, 'invalid_cursor', 'execution_not_found', 'log_expired')
   stream(
     @Body() request: ExecuteDto,
@@ -118,6 +110,7 @@ export class ExecutionsController {
     private readonly executions: ExecutionsService,
     private readonly reader: ExecutionsReader,
     private readonly streams: ExecutionStreams,
+    private readonly statuses: StatusStreams,
   ) {}
 
   /** List executions, newest first */
@@ -125,6 +118,22 @@ export class ExecutionsController {
   @ApiProblems('validation_failed')
   list(@Query() filter: ListExecutionsDto): Promise<ExecutionPageDto> {
     return this.reader.list(filter);
+  }
+
+  /**
+   * Watch the status of all executions, or of some (Server-Sent Events)
+   *
+   * @remarks A snapshot of the unfinished ones comes first, then every change of status once. It never ends by itself, and resumes without a gap.
+   */
+  @Sse('events', { maxPendingDataLength: 0 })
+  @ApiEventStream('Server-Sent Events; the data of each one is a snapshot or a change of status')
+  @ApiProblems('validation_failed', 'invalid_cursor')
+  events(
+    @Query() { after, ...filter }: ExecutionEventsQueryDto,
+    @Headers('last-event-id') lastEventId: string | undefined,
+    @Res({ passthrough: true }) response: Response,
+  ): Promise<Observable<MessageEvent>> {
+    return this.statuses.open(filter, { lastEventId, after, response });
   }
 
   /** Read an execution: its state, answer, usage and times */
@@ -150,9 +159,7 @@ export class ExecutionsController {
 
   /** Follow or replay a stream, from its beginning or from any chunk; 204 when nothing is left (Server-Sent Events) */
   @Sse(':execution_id/stream', { maxPendingDataLength: 0 })
-  @ApiHeader(LAST_EVENT_ID)
-  @ApiProduces('text/event-stream')
-  @ApiOkResponse(STREAM)
+  @ApiEventStream(CHUNKS)
   @ApiProblems('invalid_cursor', 'execution_not_found', 'log_expired')
   follow(
     @Param('execution_id') executionId: string,

@@ -14,10 +14,9 @@ import {
   ValidateNested,
 } from 'class-validator';
 import { AsGiven, IsMoment, IsStorableText, QueryInteger } from '../dto.js';
+import { EXECUTION_STATUSES } from '../database/entities/execution.entity.js';
 import type { Execution } from '../database/entities/execution.entity.js';
 import type { Step } from '../database/entities/step.entity.js';
-
-const EXECUTION_STATUSES = ['queued', 'running', 'completed', 'error', 'cancelled'] as const;
 
 /** One earlier message of the conversation. */
 export class ChatMessageDto {

@@ -4,6 +4,7 @@ import { Pool } from 'pg';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { ExecutionQueue } from '../queue/execution-queue.js';
+import { StatusEvents } from '../status-events/status-events.js';
 import { Subscribers } from './subscribers.js';
 
 const SWEEP_MS = 10_000;
@@ -31,6 +32,7 @@ export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy 
     private readonly pool: Pool,
     private readonly queue: ExecutionQueue,
     private readonly subscribers: Subscribers,
+    private readonly statusEvents: StatusEvents,
   ) {}
 
   onApplicationBootstrap(): void {
@@ -53,6 +55,7 @@ export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy 
   private async sweep(): Promise<void> {
     await this.requeueLost();
     await this.subscribers.forgetDead();
+    await this.statusEvents.number();
   }
 
   /** Puts unfinished executions that the queue has lost back into it; those that are in it stay where they are. */

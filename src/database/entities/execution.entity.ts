@@ -1,6 +1,8 @@
 import { Column, Entity, Index, PrimaryColumn } from 'typeorm';
 import type { ExecutionInput } from './configuration.js';
 
+export const EXECUTION_STATUSES = ['queued', 'running', 'completed', 'error', 'cancelled'] as const;
+
 /** One run of a deployment. It repeats the deployment's names, so that it stays readable after its deletion. */
 @Entity('execution')
 @Index('execution_deployment_finished', ['deployment_id', 'finished_at'])
@@ -31,7 +33,7 @@ export class Execution {
   revision_id: string;
 
   @Column('text')
-  status: 'queued' | 'running' | 'completed' | 'error' | 'cancelled';
+  status: (typeof EXECUTION_STATUSES)[number];
 
   /** How often a worker took it up: the fencing token of its log. */
   @Column('integer', { default: 0 })

@@ -1,0 +1,66 @@
+import type { Deployment } from '../database/entities/deployment.entity.js';
+import type { Execution } from '../database/entities/execution.entity.js';
+
+/** Which changes somebody wants to see; what is absent is not asked for. */
+export interface StatusFilter {
+  deployment_name?: string;
+  environment?: string;
+  workflow_id?: string;
+  /** Statuses of executions. */
+  status?: string[];
+  /** The status of deployments is wanted, too. */
+  deployments?: boolean;
+}
+
+/** A change of status; each comes once, in the order of the sequences, which ascend with gaps. */
+export interface StatusChange {
+  type: 'execution' | 'deployment';
+  deployment_id: string;
+  deployment_name: string;
+  environment: string;
+  workflow_id: string;
+  /** Absent if it is the deployment's status. */
+  execution_id?: string;
+  /** Of an execution as in its state; of a deployment `active`, `inactive` or `deleted`. */
+  status: string;
+  attempts?: number;
+  code?: string;
+  sequence: number;
+  timestamp: Date;
+}
+
+/** An unfinished execution at the moment of a snapshot. */
+export type SnapshotExecution = Pick<
+  Execution,
+  'execution_id' | 'deployment_id' | 'deployment_name' | 'environment' | 'workflow_id' | 'status'
+> & { attempts: number; created_at: Date; started_at?: Date };
+
+/** A deployment at the moment of a snapshot. */
+export type SnapshotDeployment = Pick<
+  Deployment,
+  | 'deployment_id'
+  | 'deployment_name'
+  | 'environment'
+  | 'workflow_id'
+  | 'status'
+  | 'execution_count'
+  | 'success_count'
+  | 'error_count'
+  | 'cancelled_count'
+> & { last_executed_at?: Date };
+
+/** How things are at one moment: the changes that follow begin right after `sequence`. */
+export interface StatusSnapshot {
+  type: 'snapshot';
+  sequence: number;
+  timestamp: Date;
+  /** How many unfinished executions there are. */
+  queued: number;
+  running: number;
+  /** The newest of them, {@link SNAPSHOT_EXECUTIONS} at most. */
+  executions: SnapshotExecution[];
+  /** Present if deployments are asked for. */
+  deployments?: SnapshotDeployment[];
+}
+
+export const SNAPSHOT_EXECUTIONS = 1000;

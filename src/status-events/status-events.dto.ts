@@ -1,0 +1,47 @@
+import { ApiProperty } from '@nestjs/swagger';
+import { Transform } from 'class-transformer';
+import { IsIn, IsInt, IsOptional, IsString, IsUUID, Max, Min } from 'class-validator';
+import { EXECUTION_STATUSES } from '../database/entities/execution.entity.js';
+import { IsStorableText, QueryInteger } from '../dto.js';
+
+/** Which changes of a deployment to send, and from where on. */
+export class DeploymentEventsQueryDto {
+  /** Where several environments have this name: which one. Without it `production` comes first */
+  @IsOptional()
+  @IsString()
+  @IsStorableText()
+  environment?: string;
+
+  /** Only changes of executions to one of these, separated by commas */
+  @IsOptional()
+  @Transform(({ value }: { value: unknown }) => (typeof value === 'string' ? value.split(',') : value))
+  @IsIn(EXECUTION_STATUSES, { each: true })
+  @ApiProperty({
+    type: 'array',
+    items: { type: 'string', enum: [...EXECUTION_STATUSES] },
+    required: false,
+    style: 'form',
+    explode: false,
+  } as object)
+  status?: (typeof EXECUTION_STATUSES)[number][];
+
+  /** Sequence of the last event that the client has, when it can't send `Last-Event-ID`; without either, a snapshot comes first */
+  @IsOptional()
+  @QueryInteger()
+  @IsInt()
+  @Min(0)
+  @Max(Number.MAX_SAFE_INTEGER)
+  after?: number;
+}
+
+/** Which changes of executions to send, and from where on. */
+export class ExecutionEventsQueryDto extends DeploymentEventsQueryDto {
+  @IsOptional()
+  @IsString()
+  @IsStorableText()
+  deployment_name?: string;
+
+  @IsOptional()
+  @IsUUID()
+  workflow_id?: string;
+}
