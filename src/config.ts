@@ -95,6 +95,7 @@ const schema = z.object({
   JOB_LOCK_MS: integer(1000, 600_000, 5000),
   SHUTDOWN_GRACE_MS: integer(0, 600_000, 10_000),
   EXECUTION_TIMEOUT_S: integer(1, 86_400, 300),
+  EVENT_RETENTION_DAYS: integer(1, 36_500, 30),
   CORS_ORIGINS: origins,
   MAX_BODY_BYTES: integer(1024, 1_073_741_824, 1_048_576),
   MAX_JSON_DEPTH: integer(4, 256, 32),

@@ -120,5 +120,9 @@ export class LogNotifier {
       values: [executionIds],
     });
     rows.forEach((row) => this.subscriptions.announce(row.execution_id, row.last_sequence));
+    const found = new Set(rows.map((row) => row.execution_id));
+    // Each log has had a chunk since its acceptance, so this one was deleted. Who reads it would wait for ever.
+    for (const executionId of executionIds)
+      if (!found.has(executionId)) this.subscriptions.close(executionId);
   }
 }

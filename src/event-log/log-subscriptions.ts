@@ -9,7 +9,7 @@ export class LogSubscription {
   private batches: LogBatch[] = [];
   private waitingCharacters = 0;
   private wake: (() => void) | undefined;
-  /** The process shuts down: nobody is to be kept waiting. */
+  /** Nothing more will come: the process shuts down, or the log was deleted. */
   closed = false;
   /** Highest sequence that is known to be committed. Infinity: unknown, the stored rows must be asked. */
   private known = Infinity;
@@ -125,6 +125,11 @@ export class LogSubscriptions {
   invalidateAll(): void {
     for (const subscriptions of this.byExecution.values())
       subscriptions.forEach((subscription) => subscription.invalidate());
+  }
+
+  /** Ends the readers of an execution. */
+  close(executionId: string): void {
+    this.byExecution.get(executionId)?.forEach((subscription) => subscription.close());
   }
 
   /** Ends every reader, those to come included. */

@@ -14,6 +14,7 @@ import { ExecutionsReader } from './executions.reader.js';
 import { ExecutionsService } from './executions.service.js';
 import { ExecutionsSweep } from './executions.sweep.js';
 import { ExecutionsWorker } from './executions.worker.js';
+import { Retention } from './retention.js';
 import { RunningExecutions } from './running-executions.js';
 import { StepStore } from './step-store.js';
 import { Subscribers } from './subscribers.js';
@@ -35,6 +36,7 @@ import { Subscribers } from './subscribers.js';
     ExecutionsService,
     ExecutionsSweep,
     ExecutionsWorker,
+    Retention,
     RunningExecutions,
     StepStore,
     Subscribers,

@@ -5,6 +5,7 @@ import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { ExecutionQueue } from '../queue/execution-queue.js';
 import { StatusEvents } from '../status-events/status-events.js';
+import { Retention } from './retention.js';
 import { Subscribers } from './subscribers.js';
 
 const SWEEP_MS = 10_000;
@@ -20,12 +21,12 @@ const LOST = {
      ORDER BY execution_id LIMIT $2`,
 };
 
-/** Mends every few seconds what a process that died, or a queue that was emptied, left behind. Every worker does it. */
+/** Mends every few seconds what a process that died, or a queue that was emptied, left behind, and deletes what is old. Every worker does it. */
 @Injectable()
 export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy {
   private readonly logger = new Logger(ExecutionsSweep.name);
+  private readonly shutdown = new AbortController();
   private timer: NodeJS.Timeout | undefined;
-  private closed = false;
 
   constructor(
     @Inject(CONFIG) private readonly config: ServerConfig,
@@ -33,6 +34,7 @@ export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy 
     private readonly queue: ExecutionQueue,
     private readonly subscribers: Subscribers,
     private readonly statusEvents: StatusEvents,
+    private readonly retention: Retention,
   ) {}
 
   onApplicationBootstrap(): void {
@@ -40,22 +42,25 @@ export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy 
   }
 
   onModuleDestroy(): void {
-    this.closed = true;
+    this.shutdown.abort();
     clearTimeout(this.timer);
   }
 
   private schedule(): void {
     this.timer = setTimeout(() => {
-      this.sweep()
-        .catch((error: unknown) => this.logger.warn(error))
-        .finally(() => this.closed || this.schedule());
+      void this.sweep().finally(() => this.shutdown.signal.aborted || this.schedule());
     }, SWEEP_MS);
   }
 
   private async sweep(): Promise<void> {
-    await this.requeueLost();
-    await this.subscribers.forgetDead();
-    await this.statusEvents.number();
+    const tasks = [
+      () => this.requeueLost(),
+      () => this.subscribers.forgetDead(),
+      () => this.statusEvents.number(),
+      () => this.retention.expire(this.shutdown.signal),
+    ];
+    // One that fails keeps none of the others from being done.
+    for (const task of tasks) await task().catch((error: unknown) => this.logger.warn(error));
   }
 
   /** Puts unfinished executions that the queue has lost back into it; those that are in it stay where they are. */

@@ -10,6 +10,7 @@ export const EXECUTION_STATUSES = ['queued', 'running', 'completed', 'error', 'c
   unique: true,
   where: 'idempotency_key IS NOT NULL',
 })
+@Index('execution_log_kept', ['finished_at'], { where: 'log_deleted_at IS NULL AND finished_at IS NOT NULL' })
 @Index('execution_subscribed', ['execution_id'], { where: "subscribers <> '{}'" })
 @Index('execution_unfinished', ['status'], { where: "status IN ('queued', 'running')" })
 export class Execution {
@@ -80,6 +81,10 @@ export class Execution {
 
   @Column({ type: 'timestamptz', precision: 3, nullable: true })
   cancel_requested_at: Date | null;
+
+  /** When retention deleted its chunks; null as long as they are kept. */
+  @Column({ type: 'timestamptz', precision: 3, nullable: true })
+  log_deleted_at: Date | null;
 
   /** Open streams and waiting requests of each server process that has some. */
   @Column('jsonb', { default: {} })

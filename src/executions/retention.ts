@@ -1,0 +1,67 @@
+import { setTimeout as sleep } from 'node:timers/promises';
+import { Inject, Injectable, Logger } from '@nestjs/common';
+import { Pool } from 'pg';
+import { CONFIG } from '../config.js';
+import type { ServerConfig } from '../config.js';
+
+/** Executions and chunks of a batch, about: a transaction of some ten milliseconds. */
+const BATCH_EXECUTIONS = 200;
+const BATCH_CHUNKS = 20_000;
+const BATCH_EVENTS = 5000;
+/** Between two batches, so that a large backlog does not keep the database from its work. */
+const PAUSE_MS = 100;
+/** At once; the rest of a backlog follows the next time. */
+const MOST_BATCHES = 20;
+
+/**
+ * Deletes whole logs, so that no reader meets a gap, the oldest first. Processes that do it at the same time take
+ * different ones.
+ */
+const DELETE_LOGS = `
+  WITH oldest AS MATERIALIZED (
+    SELECT execution_id, finished_at, last_sequence FROM execution
+     WHERE log_deleted_at IS NULL AND finished_at < now() - $1 * interval '1 day'
+     ORDER BY finished_at LIMIT ${BATCH_EXECUTIONS} FOR NO KEY UPDATE SKIP LOCKED
+  ), batch AS MATERIALIZED (
+    SELECT execution_id
+      FROM (SELECT execution_id, sum(last_sequence) OVER (ORDER BY finished_at, execution_id) - last_sequence AS before
+              FROM oldest) AS summed
+     WHERE before < ${BATCH_CHUNKS}
+  ), deleted AS (
+    DELETE FROM execution_chunk WHERE execution_id IN (SELECT execution_id FROM batch)
+  )
+  UPDATE execution SET log_deleted_at = now() FROM batch WHERE execution.execution_id = batch.execution_id`;
+
+const DELETE_EVENTS = `
+  DELETE FROM status_event WHERE event_id IN (
+    SELECT event_id FROM (SELECT event_id, created_at FROM status_event ORDER BY event_id LIMIT ${BATCH_EVENTS}) AS oldest
+     WHERE created_at < now() - $1 * interval '1 day')`;
+
+/** Deletes what nobody replays any more: chunks and changes of status that are older than `EVENT_RETENTION_DAYS`. */
+@Injectable()
+export class Retention {
+  private readonly logger = new Logger(Retention.name);
+
+  constructor(
+    private readonly pool: Pool,
+    @Inject(CONFIG) private readonly config: ServerConfig,
+  ) {}
+
+  /** Deletes some small batches, the oldest first, until `signal` aborts. Executions with their results and steps stay. */
+  async expire(signal: AbortSignal): Promise<void> {
+    const logs = await this.deleteAll(DELETE_LOGS, signal);
+    const events = await this.deleteAll(DELETE_EVENTS, signal);
+    if (logs + events > 0) this.logger.log({ logs, events }, 'Retention deleted what is too old.');
+  }
+
+  private async deleteAll(statement: string, signal: AbortSignal): Promise<number> {
+    let total = 0;
+    for (let batch = 0; batch < MOST_BATCHES && !signal.aborted; batch++) {
+      const { rowCount } = await this.pool.query(statement, [this.config.EVENT_RETENTION_DAYS]);
+      if (!rowCount) break;
+      total += rowCount;
+      await sleep(PAUSE_MS, undefined, { signal }).catch(() => undefined); // an abort: the loop ends
+    }
+    return total;
+  }
+}
