@@ -61,6 +61,7 @@ export class ExecutionsService {
   ): Promise<ExecutionAcceptedDto> {
     const accepted = await this.acceptance.accept(request, idempotencyKey);
     const links = executionLinks(accepted.execution_id);
+    response.setHeader('Content-Location', links.self);
     response.setHeader('Location', links.self);
     return ExecutionAcceptedDto.from(accepted);
   }

@@ -62,11 +62,20 @@ export class FrameOutput {
       if (text === '\n') return true;
     }
     if (this.awaited === 0) return write(text);
-    this.gathered += text;
+    this.gathered += idLast(text);
     if (--this.awaited > 0) return true;
     const hasRoom = write(this.gathered);
     this.gathered = '';
     this.arrived();
     return hasRoom;
   }
+}
+
+/**
+ * A frame with its id behind its data. Some clients take an event for received as soon as they have its `id` line
+ * (fetch-event-source does), and would lose the event if the connection broke in its data.
+ */
+function idLast(frame: string): string {
+  const idLength = frame.indexOf('\n') + 1;
+  return `${frame.slice(idLength, -1)}${frame.slice(0, idLength)}\n`;
 }

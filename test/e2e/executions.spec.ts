@@ -240,7 +240,7 @@ describe('the wire', () => {
     const blocks = stream.raw.split('\n\n');
     expect(blocks.pop()).toBe('');
     blocks.forEach((block, index) => {
-      expect(block).toMatch(index === 0 ? /^id: \S+\nretry: \d+\ndata: .+$/ : /^id: \S+\ndata: .+$/);
+      expect(block).toMatch(index === 0 ? /^retry: \d+\ndata: .+\nid: \S+$/ : /^data: .+\nid: \S+$/);
     });
     expect(stream.raw).not.toContain('\r');
   });

@@ -64,7 +64,7 @@ describe('npm run verify', () => {
     [
       'sends retry by itself',
       framing,
-      { rewrite: (stream) => stream.replace(/id: (.*)\nretry: (.*)\n/, 'retry: $2\n\nid: $1\n') },
+      { rewrite: (stream) => stream.replace(/retry: (.*)\n/, 'retry: $1\n\n') },
     ],
     [
       'adds a field',

@@ -22,22 +22,27 @@ export interface SseProxy {
   url: string;
   /** The requests that were answered with a stream: what they asked for, and after which event. */
   streams: { path: string; lastEventId: string | undefined }[];
+  /** All requests that were answered, in the order of their answers. */
+  answers: { method: string; path: string; status: number }[];
   close(): Promise<void>;
 }
 
 /** A proxy before a server that treats event streams badly, as networks do. */
 export async function startSseProxy(target: string, fault: StreamFault): Promise<SseProxy> {
   const streams: SseProxy['streams'] = [];
+  const answers: SseProxy['answers'] = [];
   const server = createServer((incoming, outgoing) => {
-    const { method, url, headers } = incoming;
-    const forwarded = request(new URL(url ?? '/', target), { method, headers, agent: false });
+    const { method = '', url = '', headers } = incoming;
+    const forwarded = request(new URL(url, target), { method, headers, agent: false });
     forwarded.on('error', () => outgoing.destroy());
     forwarded.on('response', (answer) => {
+      const { statusCode = 502 } = answer;
+      answers.push({ method, path: url, status: statusCode });
       const isStream = answer.headers['content-type']?.startsWith('text/event-stream');
-      outgoing.writeHead(answer.statusCode ?? 502, { ...answer.headers, ...(isStream ? fault.headers : {}) });
+      outgoing.writeHead(statusCode, { ...answer.headers, ...(isStream ? fault.headers : {}) });
       if (!isStream) return void answer.pipe(outgoing);
       outgoing.flushHeaders();
-      const index = streams.push({ path: url ?? '', lastEventId: lastEventIdOf(headers) }) - 1;
+      const index = streams.push({ path: url, lastEventId: lastEventIdOf(headers) }) - 1;
       // Where one side has gone, the other one goes, too.
       pass(answer, outgoing, { fault, index }).catch(() => outgoing.destroy());
     });
@@ -51,7 +56,7 @@ export async function startSseProxy(target: string, fault: StreamFault): Promise
     server.close();
     await once(server, 'close');
   };
-  return { url: `http://127.0.0.1:${port}`, streams, close };
+  return { url: `http://127.0.0.1:${port}`, streams, answers, close };
 }
 
 function lastEventIdOf(headers: IncomingHttpHeaders): string | undefined {

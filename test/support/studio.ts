@@ -64,11 +64,15 @@ export class Studio {
   async follow(
     executionId: string,
     after?: number,
-    options: { signal?: AbortSignal } = {},
+    { headers, signal }: { headers?: Record<string, string>; signal?: AbortSignal } = {},
   ): Promise<EventStream> {
-    const headers = after === undefined ? undefined : { 'Last-Event-ID': `${executionId}:${after}` };
+    const cursor: Record<string, string> =
+      after === undefined ? {} : { 'Last-Event-ID': `${executionId}:${after}` };
     return new EventStream(
-      await this.fetch(`/api/executions/${executionId}/stream`, { headers, ...options }),
+      await this.fetch(`/api/executions/${executionId}/stream`, {
+        headers: { ...cursor, ...headers },
+        signal,
+      }),
     );
   }
 
