@@ -127,7 +127,7 @@ export class DeploymentsController {
   /**
    * Watch the status of a deployment and of its executions (Server-Sent Events)
    *
-   * @remarks A snapshot of the deployment and its unfinished executions comes first, then every change of status once. It never ends by itself, and resumes without a gap.
+   * @remarks A snapshot of the deployment and its unfinished executions comes first, then every change of status once. It resumes without a gap, and never ends by itself: this page waits for an end, so read it with `curl -N` or an EventSource.
    */
   @Sse('deployments/:deployment_name/events', { maxPendingDataLength: 0 })
   @DeploymentName()

@@ -123,7 +123,7 @@ export class ExecutionsController {
   /**
    * Watch the status of all executions, or of some (Server-Sent Events)
    *
-   * @remarks A snapshot of the unfinished ones comes first, then every change of status once. It never ends by itself, and resumes without a gap.
+   * @remarks A snapshot of the unfinished ones comes first, then every change of status once. It resumes without a gap, and never ends by itself: this page waits for an end, so read it with `curl -N` or an EventSource.
    */
   @Sse('events', { maxPendingDataLength: 0 })
   @ApiEventStream('Server-Sent Events; the data of each one is a snapshot or a change of status')

@@ -24,6 +24,8 @@ const REQUEST_CANCEL = {
      WHERE execution_id = $1 AND status IN ('queued', 'running') RETURNING *`,
 };
 
+const STATUS = { name: 'execution-status', text: 'SELECT status FROM execution WHERE execution_id = $1' };
+
 /** Runs executions for those who wait for them, and cancels them. */
 @Injectable()
 export class ExecutionsService {
@@ -76,18 +78,25 @@ export class ExecutionsService {
       const { rows } = await this.pool.query<Execution>({ ...REQUEST_CANCEL, values: [executionId] });
       const [requested] = rows;
       if (requested?.status === 'queued') await this.running.end(requested, 1, { status: 'cancelled' });
-      if (requested) this.running.cancel(executionId);
+      if (requested) {
+        this.running.cancel(executionId);
+        await this.waitForEnd(executionId);
+      }
     }
-    const giveUp = Date.now() + CANCEL_WAIT_MS;
-    let execution = await this.reader.find(executionId);
-    while (!isFinal(execution.status) && Date.now() < giveUp) {
-      await sleep(CANCEL_POLL_MS);
-      execution = await this.reader.find(executionId);
-    }
+    const execution = await this.reader.find(executionId);
     if (execution.status === 'completed' || execution.status === 'error') {
       throw new AppError('execution_finished', `The execution ended as "${execution.status}" before.`);
     }
     return ExecutionDto.from(execution);
+  }
+
+  private async waitForEnd(executionId: string): Promise<void> {
+    const giveUp = Date.now() + CANCEL_WAIT_MS;
+    while (Date.now() < giveUp) {
+      const { rows } = await this.pool.query<Pick<Execution, 'status'>>({ ...STATUS, values: [executionId] });
+      if (!rows[0] || isFinal(rows[0].status)) return;
+      await sleep(CANCEL_POLL_MS);
+    }
   }
 }
 
