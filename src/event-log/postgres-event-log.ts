@@ -24,6 +24,7 @@ const READ_BYTES = 256 * 1024;
 
 interface EndedRow {
   execution_id: string;
+  attempt: number;
   status: TerminalStatus;
 }
 
@@ -208,7 +209,10 @@ export class PostgresEventLog
     );
   }
 
-  private async commitEnds(items: WriterEnd[]): Promise<(TerminalStatus | undefined)[]> {
+  private async commitEnds(asked: WriterEnd[]): Promise<(TerminalStatus | undefined)[]> {
+    // Several writers of one attempt, as when several clients cancel at once what is still queued: one of them ends it.
+    const chosen = new Map(asked.map((item) => [keyOf(item.writer.owner), item]));
+    const items = [...chosen.values()];
     const ends = items.map(({ end }) => end);
     const values = [
       items.map(({ writer }) => writer.owner.execution_id),
@@ -226,11 +230,11 @@ export class PostgresEventLog
       ends.map((end) => end.cancelled_chunk).join(ROW_SEPARATOR),
     ];
     const { rows } = await this.retried(() => this.pool.query<EndedRow>({ ...END, values }));
-    const ended = new Map(rows.map((row) => [row.execution_id, row.status]));
+    const ended = new Map(rows.map((row) => [keyOf(row), row.status]));
     const announced: { executionId: string; last: number }[] = [];
     for (const { writer, end } of items) {
       const executionId = writer.owner.execution_id;
-      const status = ended.get(executionId);
+      const status = ended.get(keyOf(writer.owner));
       if (!status) continue;
       announced.push({ executionId, last: end.sequence });
       const chunk = status === end.status ? end.chunk : end.cancelled_chunk;
@@ -239,7 +243,10 @@ export class PostgresEventLog
     }
     this.metrics.logChunks.inc(announced.length);
     this.notifier.announce(announced);
-    return items.map(({ writer }) => ended.get(writer.owner.execution_id));
+    return asked.map((item) => {
+      const key = keyOf(item.writer.owner);
+      return chosen.get(key) === item ? ended.get(key) : undefined;
+    });
   }
 
   private retried<Result>(statement: () => Promise<Result>): Promise<Result> {
@@ -251,4 +258,8 @@ export class PostgresEventLog
       },
     });
   }
+}
+
+function keyOf({ execution_id, attempt }: { execution_id: string; attempt: number }): string {
+  return `${execution_id}:${attempt}`;
 }

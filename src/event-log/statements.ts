@@ -22,8 +22,8 @@ export const FLUSH = {
 /**
  * The ends of several executions, each with its terminal chunk and its deployment's counters, in one transaction.
  * A cancellation that was requested wins over every other end, since its client was told that the execution is cancelled.
- * Deployments are locked in the order of their ids, so that two processes can't wait for each other. An execution that
- * has this end already counts as ended: the statement was repeated after a lost connection.
+ * Deployments are locked in the order of their ids, so that two processes can't wait for each other. An end
+ * that is there already, word for word, counts: the statement was repeated after a lost connection.
  */
 export const END = {
   name: 'event-log-end',
@@ -47,11 +47,11 @@ export const END = {
         FROM ending
        WHERE execution.execution_id = ending.execution_id AND execution.attempt = ending.attempt
          AND execution.status IN ('queued', 'running')
-      RETURNING execution.execution_id, execution.deployment_id, execution.status, execution.error, execution.finished_at
+      RETURNING execution.execution_id, execution.attempt, execution.deployment_id, execution.status, execution.error, execution.finished_at
     ), logged AS (
       INSERT INTO execution_chunk (execution_id, first_sequence, last_sequence, chunks)
       SELECT execution_id, sequence, sequence, CASE WHEN ended.status = ending.status THEN chunk ELSE cancelled_chunk END
-        FROM ending JOIN ended USING (execution_id)
+        FROM ending JOIN ended USING (execution_id, attempt)
     ), locked AS MATERIALIZED (
       SELECT deployment_id FROM deployment
        WHERE deployment_id IN (SELECT deployment_id FROM ended) ORDER BY deployment_id FOR NO KEY UPDATE
@@ -74,10 +74,11 @@ export const END = {
                 FROM ended JOIN locked USING (deployment_id) GROUP BY deployment_id) AS ends
        WHERE deployment.deployment_id = ends.deployment_id
     )
-    SELECT execution_id, status FROM ended
+    SELECT execution_id, attempt, status FROM ended
     UNION
-    SELECT execution_id, execution.status FROM execution JOIN ending USING (execution_id, attempt)
-     WHERE execution.last_sequence = ending.sequence AND execution.status IN (ending.status, 'cancelled')`,
+    SELECT execution_id, attempt, execution.status
+      FROM ending JOIN execution USING (execution_id, attempt) JOIN execution_chunk AS stored USING (execution_id)
+     WHERE stored.first_sequence = ending.sequence AND stored.chunks IN (ending.chunk, ending.cancelled_chunk)`,
 };
 
 /**

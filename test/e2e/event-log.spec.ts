@@ -127,6 +127,40 @@ describe('an older attempt', () => {
   });
 });
 
+describe('ends that are written in one statement', () => {
+  it('of several writers of one attempt leave one end, and harm no neighbour', async () => {
+    for (let round = 0; round < 20; round++) {
+      const [owner, neighbour] = [await begin(), await begin()];
+      const ends = await Promise.allSettled([
+        ...Array.from({ length: 5 }, () => log.open(owner).finish({ ...END, status: 'cancelled' })),
+        log.open(neighbour).finish(END),
+      ]);
+      expect(ends.pop()).toEqual({ status: 'fulfilled', value: 'completed' });
+      expect(ends.filter(({ status }) => status === 'fulfilled')).toHaveLength(1);
+      for (const end of ends) {
+        if (end.status === 'rejected') expect(end.reason).toBeInstanceOf(FencedError);
+      }
+      const chunks = await readAll(log, owner.execution_id);
+      expect(chunks.map(({ status }) => status)).toEqual(['cancelled']);
+      await expect(log.open(owner).finish({ ...END, status: 'cancelled' })).rejects.toThrow(FencedError);
+    }
+  });
+
+  it('of an older attempt and of the newer one leave that of the newer one', async () => {
+    for (let round = 0; round < 20; round++) {
+      const owner = await begin();
+      const newer = await takeOver(owner);
+      const ends = await Promise.allSettled([
+        log.open({ ...owner, last_sequence: newer.last_sequence }).finish(END),
+        log.open(newer).finish({ ...END, status: 'cancelled' }),
+      ]);
+      expect(ends.map(({ status }) => status)).toEqual(['rejected', 'fulfilled']);
+      const chunks = await readAll(log, owner.execution_id);
+      expect(chunks.map(({ status }) => status)).toEqual(['cancelled']);
+    }
+  });
+});
+
 it('a reader in another process gets every chunk once and in order', async () => {
   const owner = await begin();
   const writer = log.open(owner);
