@@ -121,11 +121,16 @@ export class Subscribers implements OnApplicationShutdown {
     this.timer = setTimeout(() => {
       this.dueAt = Infinity;
       this.writing = this.write()
-        .catch((error: unknown) => this.logger.warn(error))
-        .finally(() => {
+        .then(
+          () => (this.changed.size > 0 ? WRITE_DELAY_MS : BEAT_MS),
+          (error: unknown) => {
+            this.logger.warn(error);
+            return BEAT_MS;
+          },
+        )
+        .then((delay) => {
           this.writing = undefined;
-          if (this.changed.size > 0) this.schedule(WRITE_DELAY_MS);
-          else if (this.counts.size > 0) this.schedule(BEAT_MS);
+          if (this.changed.size > 0 || this.counts.size > 0) this.schedule(delay);
         });
     }, ms);
   }
