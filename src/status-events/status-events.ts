@@ -28,6 +28,7 @@ export class StatusEvents implements BeforeApplicationShutdown {
   private readonly waiting = new Set<() => void>();
   private head = 0;
   private poll: NodeJS.Timeout | undefined;
+  private turn: Promise<unknown> = Promise.resolve();
   private closed = false;
 
   constructor(private readonly pool: Pool) {}
@@ -93,10 +94,14 @@ export class StatusEvents implements BeforeApplicationShutdown {
     };
   }
 
-  /** One transaction at a time, of all processes. */
-  private async inSequence<Row extends object>(
-    work: (query: (text: string, values?: unknown[]) => Promise<Row>) => Promise<Row>,
-  ): Promise<Row> {
+  /** One transaction at a time, of all processes; those of this process wait for each other without a connection. */
+  private inSequence<Row extends object>(work: Work<Row>): Promise<Row> {
+    const turn = this.turn.then(() => this.transaction(work));
+    this.turn = turn.catch(() => undefined); // its caller is told; the next one has its turn
+    return turn;
+  }
+
+  private async transaction<Row extends object>(work: Work<Row>): Promise<Row> {
     const client = await this.pool.connect();
     let failure: Error | undefined;
     try {
@@ -173,6 +178,8 @@ export class StatusEvents implements BeforeApplicationShutdown {
     for (const wake of this.waiting) wake();
   }
 }
+
+type Work<Row> = (query: (text: string, values?: unknown[]) => Promise<Row>) => Promise<Row>;
 
 /** As PostgreSQL says it: moments inside JSON and large numbers are text. */
 interface SnapshotRow {
