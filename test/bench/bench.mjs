@@ -1,20 +1,22 @@
 /*
- * npm run bench [-- options]: what a stream of Agent Studio costs, compared with two servers that do less.
+ * npm run bench [-- options]: what the streams of Agent Studio cost. Three suites, which take less than 6 minutes together.
+ * Each one prints its figures, then all targets are judged. Any stream that is not what it should be (`started` first, no
+ * gap in the sequence, as many chunks of content as the model said, `completed` last) fails the run (exit code 1); a
+ * missed target does not.
  *
- * All three stream the same 200 chunks of one model answer to the same clients:
+ * Each server is a process of its own with the same flags of Node. Where `taskset` exists, the server has a core for
+ * itself and everything else (PostgreSQL, upstream, load generator) shares another one. What is compared takes turns,
+ * for some rounds, since machines are noisy: compare figures of one run only, ratios before absolute figures. Ratios
+ * are the median of the rounds' own ratios, with the lowest and the highest in parentheses.
+ *
+ * Suite `throughput`: a stream of Agent Studio compared with two servers that do less. All three stream the same 200
+ * chunks of one model answer to the same clients:
  *   a  Agent Studio         POST /api/workflows/execute/stream: one `llm` agent, each chunk committed before it is sent
  *   b  bare SSE             prepared frames written with node:http; no model, no database: the floor
  *   c  bare streamText      the AI SDK's `streamText` in node:http, the same upstream; no database: what one would
  *                           write without Agent Studio, and where nothing can be resumed
  * with an upstream that answers at once ("without delay") and with one that needs 5 ms a token, at 1, 20 and 100 streams
- * at once. Every client asks for its next stream when one ends. Every stream is checked: `started` first, no gap in the
- * sequence, 200 chunks of content, `completed` last. Any fault fails the run (exit code 1); a missed target does not.
- *
- * Each server is a process of its own with the same flags of Node. Where `taskset` exists, the server has a core for
- * itself and everything else (PostgreSQL, upstream, load generator) shares another one. The servers take turns, for
- * some rounds, since machines are noisy: compare figures of one run only, ratios before absolute figures.
- *
- * Columns
+ * at once. Every client asks for its next stream when one ends.
  *   chunks/s        content chunks that clients received, median of the rounds
  *   first chunk     ms from the request to the first frame (`started`), p50/p95
  *   first content   ms from the request to the first text of the model, p50/p95: what a user waits for
@@ -25,18 +27,41 @@
  *   rest            % of a core used by PostgreSQL, upstream and load generator; near 100 they were the limit, as they
  *                   are for `b` without delay, whose chunks/s is therefore a lower bound
  *   others          % of a core used by programs that don't belong to the benchmark; near 0 is what you want
- * Ratios are the median of the rounds' own ratios, with the lowest and the highest in parentheses.
+ *
+ * Suite `resume`: GET /api/executions/:id/stream with a Last-Event-ID near the beginning of an execution of more than
+ * 100,000 chunks, and far in it, in turn; of one that has finished, and of one that still runs. Each time a new
+ * connection, which is closed after the first frame.
+ *   after …         ms from connecting to the first whole frame, p50 / p95
+ *
+ * Suite `readers`: readers that take nothing.
+ * 50 of them read the first frame of an execution of 40 MB and stop, while a fast one reads on. A new server with them and
+ * one without them, in turn. RSS of the server, in MB more than before:
+ *   peak            the most of all moments
+ *   after           a second after the end of the execution: much of it is garbage that V8 has not collected yet
+ *   held            the same after a collection
+ *   execution       s that the execution took
+ *   fast reader     MB/s of its stream, from when the others' sockets are full; what one stream is sent each
+ *                   STREAM_FLUSH_INTERVAL_MS is limited, so 4.8 MB/s is the most
+ * What waits in the kernel for a stalled reader, up to the system's limit for each socket, is not in the RSS.
+ * 2,000 idle streams follow executions whose model is silent:
+ *   RSS, held       KiB of the server for each of them, before and after a collection, more than before they were opened
+ *   heap            the same of `nodejs_heap_size_used_bytes`, after a collection
+ *   core            % of a core that the server used during one heartbeat interval; PostgreSQL: that PostgreSQL used
+ *   closed after    s from the last client's leaving until `agent_studio_open_streams` is 0
  *
  * Options
- *   --quick           one round, 1 and 100 streams: a first look in less than 40 s (all: less than 3 minutes)
+ *   --suite NAME      some of the suites: throughput, resume, readers, separated by commas
+ *   --quick           a first look: one round, `throughput` with 1 and 100 streams; about 2 minutes, `throughput`
+ *                     alone less than 40 s
+ *   --json FILE       all figures of all rounds
+ *   --dist FOLDER     a build of Agent Studio other than `dist`
+ * Options of `throughput`
  *   --only a,c        some of the servers
  *   --streams 1,100   some numbers of streams
  *   --delay 0         some delays of the upstream, ms a token
  *   --rounds 3        at most; fewer are run where the time would not suffice
- *   --json FILE       all figures of all rounds
  *   --profile FOLDER  a CPU profile of every server and cell (it slows them down); opens in Chrome's DevTools
- *   --dist FOLDER     a build of Agent Studio other than `dist`
- * Environment: BENCH_DATABASE_URL, a postgres:// URL of a server on which a database may be created; by default
+ * Environment: BENCH_DATABASE_URL, a postgres:// URL of a server on which databases may be created; by default
  * PostgreSQL is started in a temporary folder.
  */
 import { mkdtemp, mkdir, rm, writeFile } from 'node:fs/promises';
@@ -45,20 +70,16 @@ import { join, resolve } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
-import { startPostgres } from './postgres.mjs';
-import { machineCpu, pin, postgresCpu } from './processes.mjs';
-import { judgeTargets, render, summarize } from './report.mjs';
-import { REQUEST_PATH, SERVERS, requestBody, startLoad, startUpstream } from './servers.mjs';
+import { createDatabase, startPostgres } from './postgres.mjs';
+import { pin } from './processes.mjs';
+import { judgeTargets, render, summarize, toJson } from './report.mjs';
+import { SERVERS, startLoad, startUpstream } from './servers.mjs';
+import { measureReaders } from './suites/readers.mjs';
+import { measureResume } from './suites/resume.mjs';
+import { measureThroughput } from './suites/throughput.mjs';
 
-/** After this long no further round is begun that would be over too late; ms since the start of this process. */
-const BUDGET_MS = 150_000;
-const WARM_UP_SECONDS = 2;
-const QUICK_WARM_UP_SECONDS = 0.8;
-const CELL_WARM_UP_SECONDS = 0.2;
-const SECONDS = 2;
-const QUICK_SECONDS = 0.8;
-/** A stream with a delay takes a second: two of them, one after the other. */
-const DELAYED_SECONDS = 1.1;
+/** By the name that `--suite` takes. */
+const SUITES = { throughput: measureThroughput, resume: measureResume, readers: measureReaders };
 
 /** From here on other programs change the figures, first those of few streams. */
 const DISTURBED_PERCENT = 15;
@@ -77,12 +98,19 @@ class Cleanup {
     this.starting.add(making);
     try {
       const made = await making;
-      this.ends.push(() => end(made));
+      this.ends.push({ made, end });
       if (this.isOver) throw new Error('The benchmark is over.');
       return made;
     } finally {
       this.starting.delete(making);
     }
+  }
+
+  /** Ends one thing before the others. If it is interrupted, it is ended once more. */
+  async end(made) {
+    const entry = this.ends.find((one) => one.made === made);
+    await entry.end(made);
+    this.ends = this.ends.filter((one) => one !== entry);
   }
 
   async run() {
@@ -92,8 +120,8 @@ class Cleanup {
       Promise.allSettled(this.starting),
       sleep(START_TIMEOUT_MS, undefined, { ref: false }),
     ]);
-    for (let end = this.ends.pop(); end; end = this.ends.pop()) {
-      await Promise.resolve(end()).catch((error) => console.error(error));
+    for (const { made, end } of this.ends.toReversed()) {
+      await Promise.resolve(end(made)).catch((error) => console.error(error));
     }
   }
 }
@@ -101,6 +129,7 @@ class Cleanup {
 function readOptions() {
   const { values } = parseArgs({
     options: {
+      suite: { type: 'string', default: Object.keys(SUITES).join() },
       quick: { type: 'boolean', default: false },
       only: { type: 'string', default: Object.keys(SERVERS).join() },
       streams: { type: 'string' },
@@ -117,12 +146,16 @@ function readOptions() {
       if (Number.isInteger(value) && value >= least) return value;
       throw new Error(`--${name} must be whole numbers from ${least} on, separated by commas.`);
     });
-  const only = values.only.split(',');
-  if (only.some((letter) => !(letter in SERVERS)))
-    throw new Error('--only must be of a, b and c, as in "a,c".');
+  const some = (name, all) => {
+    const chosen = values[name].split(',');
+    const known = Object.keys(all);
+    if (chosen.every((one) => known.includes(one))) return known.filter((one) => chosen.includes(one));
+    throw new Error(`--${name} must be of ${known.join(', ')}, separated by commas.`);
+  };
   return {
+    suites: some('suite', SUITES),
     quick: values.quick,
-    only,
+    only: some('only', SERVERS),
     streams: numbers('streams', values.streams ?? (values.quick ? '1,100' : '1,20,100'), 1),
     delays: numbers('delay', values.delay, 0),
     rounds: numbers('rounds', values.rounds ?? (values.quick ? '1' : '3'), 1)[0],
@@ -132,7 +165,7 @@ function readOptions() {
   };
 }
 
-/** Starts everything that the measurements need. */
+/** Starts what all suites need; `startServer` starts one of the servers, Agent Studio with a database of its own. */
 async function start(options, { cleanup, cores, onDeath }) {
   const folder = await cleanup.own(
     () => mkdtemp(join(tmpdir(), 'agent-studio-bench-')),
@@ -141,9 +174,9 @@ async function start(options, { cleanup, cores, onDeath }) {
   // There is no .env in this folder that Agent Studio could read.
   const common = { cwd: folder, onDeath };
   const launch = (starting) => cleanup.own(starting, ({ child }) => child.end());
-  const { dist } = options;
+  const { dist, suites, only } = options;
   let postgres;
-  if (options.only.includes('a')) {
+  if (only.includes('a') || suites.some((suite) => suite !== 'throughput')) {
     const serverUrl = process.env.BENCH_DATABASE_URL || undefined;
     postgres = await cleanup.own(
       () => startPostgres({ dist, folder: join(folder, 'data'), serverUrl }),
@@ -152,90 +185,30 @@ async function start(options, { cleanup, cores, onDeath }) {
   }
   const upstream = await launch(() => startUpstream(common));
   const load = await launch(() => startLoad(common));
-  const servers = {};
-  for (const letter of options.only) {
-    const settings = {
-      ...common,
-      dist,
-      core: cores.server,
-      upstreamUrl: upstream.url,
-      databaseUrl: postgres?.url,
+  const startServer = async (letter) => {
+    const createOwn = () => createDatabase(postgres.url);
+    const database = letter === 'a' ? await cleanup.own(createOwn, (made) => made.end()) : undefined;
+    const settings = { ...common, dist, core: cores.server, upstreamUrl: upstream.url };
+    const server = await launch(() => SERVERS[letter].start({ ...settings, databaseUrl: database?.url }));
+    const end = async () => {
+      await cleanup.end(server);
+      if (database) await cleanup.end(database);
     };
-    servers[letter] = await launch(() => SERVERS[letter].start(settings));
-  }
-  return { servers, upstream: upstream.child, load: load.child, postgres };
-}
-
-/** CPU µs so far, and what the server holds of memory. */
-async function readUsage({ upstream, load, postgres }, server) {
-  const [own, model, client] = await Promise.all([server, upstream, load].map((child) => child.ask('usage')));
-  const { user, system } = process.cpuUsage();
-  return {
-    server: own.cpu,
-    postgres: postgresCpu(postgres?.postmaster),
-    upstream: model.cpu,
-    load: client.cpu + user + system,
-    machine: machineCpu(),
-    rss: own.rss,
+    return { ...server, end };
   };
+  return { startServer, upstream: upstream.child, load: load.child, postgres };
 }
 
-function askForLoad(setup, letter, { streams, delay, seconds }) {
-  const { port } = setup.servers[letter];
-  return setup.load.ask('load', { port, path: REQUEST_PATH, body: requestBody(delay), streams, seconds });
-}
-
-/** Streams that aren't measured. Their faults count all the same. */
-async function warmUp(setup, letter, cell) {
-  const { faults } = await askForLoad(setup, letter, cell);
-  const [fault] = Object.keys(faults);
-  if (fault !== undefined) throw new Error(`${SERVERS[letter].title} failed during the warm-up: ${fault}.`);
-}
-
-async function measure(setup, letter, cell) {
-  const { child } = setup.servers[letter];
-  if (cell.profile) await child.ask('startProfile');
-  const before = await readUsage(setup, child);
-  const result = await askForLoad(setup, letter, cell);
-  const after = await readUsage(setup, child);
-  if (cell.profile) {
-    await child.ask(
-      'stopProfile',
-      join(cell.profile, `${letter}-${cell.streams}-streams-${cell.delay}-ms.cpuprofile`),
-    );
+/** Runs the suites one after the other; what they measured, by their names. */
+async function measure(setup, options, signal) {
+  const showsProgress = process.stderr.isTTY;
+  const onProgress = (text) => showsProgress && process.stderr.write(`\r${text.padEnd(50)}`);
+  const measured = {};
+  for (const suite of options.suites) {
+    measured[suite] = await SUITES[suite](setup, options, { signal, onProgress });
   }
-  const cpu = {};
-  for (const key of ['server', 'postgres', 'upstream', 'load', 'machine']) {
-    if (before[key] !== undefined && after[key] !== undefined) cpu[key] = after[key] - before[key];
-  }
-  const { streams, delay, round } = cell;
-  return { server: letter, streams, delay, round, ...result, cpu, rss: after.rss };
-}
-
-/** Measures every cell with every server in turn, round after round. Stops earlier rather than run for too long. */
-async function measureAll(setup, options, { signal, onCell }) {
-  const seconds = options.quick ? QUICK_WARM_UP_SECONDS : WARM_UP_SECONDS;
-  for (const letter of options.only) await warmUp(setup, letter, { streams: 100, delay: 0, seconds });
-  const records = [];
-  let longest = 0;
-  for (let round = 1; round <= options.rounds; round++) {
-    const roundBegun = performance.now();
-    if (roundBegun + longest > BUDGET_MS) break;
-    for (const delay of options.delays) {
-      for (const streams of options.streams) {
-        for (const letter of options.only) {
-          signal.throwIfAborted();
-          if (delay === 0) await warmUp(setup, letter, { streams, delay, seconds: CELL_WARM_UP_SECONDS });
-          const seconds = delay > 0 ? DELAYED_SECONDS : options.quick ? QUICK_SECONDS : SECONDS;
-          const profile = round === 1 ? options.profile : undefined;
-          records.push(await measure(setup, letter, { streams, delay, seconds, round, profile }));
-          onCell(records.at(-1));
-        }
-      }
-    }
-    longest = Math.max(longest, performance.now() - roundBegun);
-  }
-  return records;
+  if (showsProgress) process.stderr.write('\r\u001b[K');
+  return measured;
 }
 
 async function run(options, { cleanup, signal, onDeath }) {
@@ -251,19 +224,12 @@ async function run(options, { cleanup, signal, onDeath }) {
   }
   const setup = await start(options, { cleanup, cores, onDeath });
   if (setup.postgres?.note) notes.push(`${setup.postgres.note}.`);
-  const showsProgress = process.stderr.isTTY;
-  const onCell = ({ server, streams, delay, round }) => {
-    if (showsProgress)
-      process.stderr.write(`\rround ${round}: ${streams} streams, ${delay} ms, ${server}      `);
-  };
-  const records = await measureAll(setup, options, { signal, onCell });
-  if (showsProgress) process.stderr.write('\r\u001b[K');
-  const cells = summarize(records);
-  const targets = judgeTargets(cells);
-  const others = Math.max(...cells.map((cell) => cell.others_core_percent ?? 0));
-  if (others > DISTURBED_PERCENT) {
+  const summaries = summarize(await measure(setup, options, signal));
+  const targets = judgeTargets(summaries);
+  for (const [suite, { others_core_percent: others }] of Object.entries(summaries)) {
+    if (others <= DISTURBED_PERCENT) continue;
     notes.push(
-      `DISTURBED: other programs used up to ${Math.round(others)} % of a core. Repeat it on a quiet machine.`,
+      `DISTURBED: other programs used up to ${Math.round(others)} % of a core during "${suite}". Repeat it on a quiet machine.`,
     );
   }
   const machine = {
@@ -272,20 +238,11 @@ async function run(options, { cleanup, signal, onDeath }) {
     cores: cpus().length,
     pinned: cores.reason === undefined,
   };
-  console.log(render({ cells, targets, notes, machine, titles: SERVERS }));
-  if (options.json) {
-    const figures = {
-      measured_at: new Date().toISOString(),
-      machine,
-      notes,
-      targets,
-      cells,
-      rounds: records,
-    };
-    await writeFile(options.json, `${JSON.stringify(figures, undefined, 2)}\n`);
-  }
-  const faults = records
-    .flatMap(({ faults }) => Object.values(faults))
+  const report = { summaries, targets, notes, machine };
+  console.log(render(report));
+  if (options.json) await writeFile(options.json, `${JSON.stringify(toJson(report), undefined, 2)}\n`);
+  const faults = Object.values(summaries)
+    .flatMap((summary) => Object.values(summary.faults))
     .reduce((sum, count) => sum + count, 0);
   if (faults > 0) throw new Error(`${faults} streams were not what they should be; see above.`);
 }

@@ -1,6 +1,7 @@
 // The load generator: keeps a number of streams open at once, reads and checks them all.
 import { createConnection } from 'node:net';
 import { answer } from './child.mjs';
+import './followers.mjs';
 import { StreamCheck } from './stream-check.mjs';
 
 /** A stream on which nothing came for this long counts as failed, ms. */
@@ -11,6 +12,9 @@ const SILENCE_MS = 15_000;
  * the run's time is not over.
  */
 class Client {
+  /** Streams that it asked for so far. */
+  begun = 0;
+
   constructor(run) {
     this.run = run;
     this.ended = new Promise((resolve) => (this.end = resolve));
@@ -19,11 +23,12 @@ class Client {
 
   next() {
     const { run } = this;
-    if (run.isOver()) {
+    if (run.isOver(this.begun)) {
       this.socket?.destroy();
       this.end();
       return;
     }
+    this.begun++;
     this.check = new StreamCheck();
     this.firstContentSeen = false;
     this.connect();
@@ -84,11 +89,12 @@ class Client {
 process.channel.ref();
 
 /**
- * Keeps `streams` streams of the server on `port` open for `seconds`, then lets them end.
+ * Keeps `streams` streams of the server on `port` open for `seconds`, or until every client has read `each` of them, then
+ * lets the last ones end.
  * @returns counts of finished streams and content chunks, ms from the first request to the last stream's end, ms to the
  *   first chunk and to the first content of each stream, and the faults with their counts
  */
-answer('load', async ({ port, path, body, streams, seconds }) => {
+answer('load', async ({ port, path, body, streams, seconds = Infinity, each = Infinity }) => {
   const begun = performance.now();
   const faults = {};
   const run = {
@@ -106,7 +112,7 @@ answer('load', async ({ port, path, body, streams, seconds }) => {
       faults[fault] = (faults[fault] ?? 0) + 1;
       run.failed = true;
     },
-    isOver: () => run.failed || performance.now() - begun >= seconds * 1000,
+    isOver: (count) => run.failed || count >= each || performance.now() - begun >= seconds * 1000,
   };
   const clients = Array.from({ length: streams }, () => new Client(run));
   const watch = setInterval(() => {

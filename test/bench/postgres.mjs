@@ -1,5 +1,5 @@
-// The PostgreSQL that Agent Studio runs on: one of its own in a temporary folder, or a database of its own on a server
-// that is given.
+// The PostgreSQL that Agent Studio runs on: one of its own in a temporary folder, or a server that is given. Each server
+// of Agent Studio gets a new database there.
 import { randomUUID } from 'node:crypto';
 import { join } from 'node:path';
 import { pathToFileURL } from 'node:url';
@@ -15,16 +15,21 @@ import { postmasterOf } from './processes.mjs';
  */
 export async function startPostgres({ dist, folder, serverUrl }) {
   if (serverUrl === undefined) return startOwn(dist, folder);
+  return {
+    url: serverUrl,
+    postmaster: await findPostmaster(serverUrl),
+    note: 'PostgreSQL is the server of BENCH_DATABASE_URL, not pinned; its CPU counts what others do there, too',
+    end: async () => {},
+  };
+}
+
+/** Creates a database on the server: `{url, end()}`. */
+export async function createDatabase(serverUrl) {
   const name = `benchmark_${randomUUID().replaceAll('-', '')}`;
   await query(serverUrl, `CREATE DATABASE ${name}`);
   const url = new URL(serverUrl);
   url.pathname = `/${name}`;
-  return {
-    url: url.href,
-    postmaster: await findPostmaster(serverUrl),
-    note: 'PostgreSQL is the server of BENCH_DATABASE_URL, not pinned; its CPU counts what others do there, too',
-    end: () => query(serverUrl, `DROP DATABASE ${name} WITH (FORCE)`),
-  };
+  return { url: url.href, end: () => query(serverUrl, `DROP DATABASE IF EXISTS ${name} WITH (FORCE)`) };
 }
 
 async function startOwn(dist, folder) {

@@ -142,6 +142,12 @@ export function machineCpu() {
   }
 }
 
+/** Bytes of a process in memory; undefined without /proc. */
+export function residentBytes(pid) {
+  const text = readStatus(pid, 'VmRSS');
+  return text === undefined ? undefined : Number.parseInt(text, 10) * 1024;
+}
+
 /** Fields of proc_pid_stat(5), times in ticks; undefined if the process has ended. */
 function readStat(pid) {
   try {

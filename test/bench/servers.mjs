@@ -6,8 +6,11 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { Child } from './processes.mjs';
 import { AGENT, DEPLOYMENT, modelName } from './streams.mjs';
+import { post } from './studio.mjs';
 
 const READY_TIMEOUT_MS = 30_000;
+/** Longer than any model of the benchmark is silent. */
+const MODEL_TIMEOUT_MS = 600_000;
 
 const script = (name) => fileURLToPath(new URL(`./servers/${name}.mjs`, import.meta.url));
 
@@ -17,15 +20,6 @@ export const SERVERS = {
   b: { title: 'bare SSE', start: (options) => startBare('bare-sse', options) },
   c: { title: 'bare streamText', start: (options) => startBare('stream-text', options) },
 };
-
-/** The request that every server gets; the delay is in the model's name. */
-export function requestBody(delay) {
-  return JSON.stringify({
-    deployment_name: DEPLOYMENT,
-    query: 'Count.',
-    runtime_overrides: { model: `bench/${modelName(delay)}` },
-  });
-}
 
 export const REQUEST_PATH = '/api/workflows/execute/stream';
 
@@ -55,18 +49,20 @@ async function startAgentStudio({ upstreamUrl, databaseUrl, dist, ...options }) 
       PORT: String(port),
       DATABASE_URL: databaseUrl,
       LOG_LEVEL: 'error',
-      MODEL_PROVIDERS: JSON.stringify({ bench: { type: 'openai-compatible', base_url: upstreamUrl } }),
+      MODEL_PROVIDERS: JSON.stringify({
+        bench: { type: 'openai-compatible', base_url: upstreamUrl, timeout_ms: MODEL_TIMEOUT_MS },
+      }),
     },
   });
   const url = `http://127.0.0.1:${port}`;
   await untilReady(url, child);
-  const agent = { agent_id: AGENT, agent_type: 'llm', config: { model: `bench/${modelName(0)}` } };
+  const agent = { agent_id: AGENT, agent_type: 'llm', config: { model: `bench/${modelName()}` } };
   const { workflow_id } = await post(`${url}/api/workflows`, {
     name: DEPLOYMENT,
     configuration: { agents: [agent] },
   });
   await post(`${url}/api/workflows/${workflow_id}/deploy`, { deployment_name: DEPLOYMENT });
-  return { child, port };
+  return { child, port, url };
 }
 
 /** At this log level the server doesn't print which port it took, so it is given one. */
@@ -87,15 +83,4 @@ async function untilReady(url, child) {
     await sleep(50);
   }
   throw new Error(`Agent Studio was not ready within ${READY_TIMEOUT_MS / 1000} s.`);
-}
-
-async function post(url, body) {
-  const answer = await fetch(url, {
-    method: 'POST',
-    headers: { 'Content-Type': 'application/json' },
-    body: JSON.stringify(body),
-  });
-  const text = await answer.text();
-  if (!answer.ok) throw new Error(`POST ${url} was answered with ${answer.status}: ${text}`);
-  return JSON.parse(text);
 }

@@ -22,6 +22,15 @@ export class StreamCheck {
   unread = '';
   unfinishedFrame = '';
 
+  /**
+   * @param options.tokens chunks of content in the whole stream
+   * @param options.after sequence after which this response begins
+   */
+  constructor({ tokens = CHUNKS, after = 0 } = {}) {
+    this.tokens = tokens;
+    this.after = after;
+  }
+
   /** Takes the next bytes of the response as text. */
   read(piece) {
     const text = this.unread === '' ? piece : this.unread + piece;
@@ -82,19 +91,21 @@ export class StreamCheck {
     for (let code = text.charCodeAt(digit); code >= 48 && code <= 57; code = text.charCodeAt(++digit)) {
       sequence = sequence * 10 + code - 48;
     }
-    if (sequence !== this.frames) this.fault ??= `sequence ${sequence} where ${this.frames} was to come`;
+    const expected = this.after + this.frames;
+    if (sequence !== expected) this.fault ??= `sequence ${sequence} where ${expected} was to come`;
     if (text.startsWith(CONTENT, data)) this.content++;
-    else this.readStatus(JSON.parse(text.slice(data, end)));
+    else this.readStatus(JSON.parse(text.slice(data, text.indexOf('\n', data))));
   }
 
   readStatus({ status, error }) {
     if (status === 'started') {
-      if (this.frames !== 1) this.fault ??= '"started" was not the first chunk';
+      if (this.after + this.frames !== 1) this.fault ??= '"started" was not the first chunk';
       return;
     }
     this.terminal = status;
     if (status !== 'completed') this.fault ??= `the stream ended as "${status}": ${error}`;
-    if (this.content !== CHUNKS) this.fault ??= `${this.content} chunks of content in place of ${CHUNKS}`;
+    const expected = this.tokens - Math.max(0, this.after - 1);
+    if (this.content !== expected) this.fault ??= `${this.content} chunks of content in place of ${expected}`;
   }
 
   finish() {

@@ -1,7 +1,7 @@
 // What all servers of the benchmark send, and at which pace.
-import { randomUUID } from 'node:crypto';
+import { randomBytes, randomUUID } from 'node:crypto';
 
-/** Chunks of content in a stream; `started` and `completed` come on top. */
+/** Chunks of content in a stream, unless the model's name says otherwise; `started` and `completed` come on top. */
 export const CHUNKS = 200;
 export const DEPLOYMENT = 'benchmark';
 export const AGENT = 'writer';
@@ -13,19 +13,40 @@ export const SSE_HEADERS = {
   'X-Accel-Buffering': 'no',
 };
 
-/** Name of the model that waits so many ms before each token; the same request goes to every server. */
-export function modelName(delay) {
-  return `${CHUNKS}-tokens-${delay}ms`;
+const TOKEN_CHARACTERS = 5;
+/** Of long tokens: text that PostgreSQL can't compress to next to nothing. */
+const FILLER = randomBytes(3 * 2 ** 14).toString('base64');
+
+/** What a model answers, unless its name says otherwise. */
+const ANSWER = {
+  /** Pieces of text. */
+  tokens: CHUNKS,
+  /** Characters of each. */
+  size: TOKEN_CHARACTERS,
+  /** ms before each token; 0: all at once. */
+  delay: 0,
+  /** ms before the answer begins. */
+  wait: 0,
+  /** 1: the answer has no end after its last token. */
+  open: 0,
+};
+
+/** Name of the model that answers so; the same request goes to every server. */
+export function modelName({ tokens = ANSWER.tokens, delay = ANSWER.delay, ...others } = {}) {
+  return new URLSearchParams({ tokens, delay, ...others }).toString();
 }
 
-/** ms before each token. */
-export function delayOf(model) {
-  return Number(/-(\d+)ms$/.exec(model)[1]);
+/** What the model of this name answers. */
+export function readModelName(name) {
+  const given = [...new URLSearchParams(name)].map(([key, value]) => [key, Number(value)]);
+  return { ...ANSWER, ...Object.fromEntries(given) };
 }
 
-/** Token at an index from 0: five characters. */
-export function token(index) {
-  return ` ${String(index).padStart(4, '0')}`;
+/** Token at an index from 0. */
+export function token(index, size = TOKEN_CHARACTERS) {
+  const number = ` ${String(index).padStart(TOKEN_CHARACTERS - 1, '0')}`;
+  const begin = (index * 61) % (FILLER.length / 2);
+  return number + FILLER.slice(begin, begin + size - number.length);
 }
 
 /** The model that a request to one of the servers asks for, without its provider. */
@@ -49,7 +70,7 @@ export function frame(executionId, sequence, { type, data, status }) {
     agent_id: type === 'content' ? AGENT : undefined,
     timestamp: new Date().toISOString(),
   };
-  return `id: ${executionId}:${sequence}\ndata: ${JSON.stringify(chunk)}\n\n`;
+  return `data: ${JSON.stringify(chunk)}\nid: ${executionId}:${sequence}\n\n`;
 }
 
 /**

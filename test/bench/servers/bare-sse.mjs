@@ -2,7 +2,7 @@
 import { randomUUID } from 'node:crypto';
 import { createServer } from 'node:http';
 import { announce } from '../child.mjs';
-import { CHUNKS, SSE_HEADERS, delayOf, frame, pace, readModel, token } from '../streams.mjs';
+import { CHUNKS, SSE_HEADERS, frame, pace, readModel, readModelName, token } from '../streams.mjs';
 
 const executionId = randomUUID();
 const started = frame(executionId, 1, { type: 'status', status: 'started' });
@@ -13,7 +13,7 @@ const completed = frame(executionId, CHUNKS + 2, { type: 'status', status: 'comp
 
 announce(
   createServer(async (request, response) => {
-    const delay = delayOf(await readModel(request));
+    const { delay } = readModelName(await readModel(request));
     response.writeHead(200, SSE_HEADERS);
     response.write(started);
     if (delay === 0) {

@@ -1,7 +1,7 @@
-// A model provider with the streaming Chat Completions API of OpenAI; how fast its tokens come is in the model's name.
+// A model provider with the streaming Chat Completions API of OpenAI; what it answers, and how fast, is in the model's name.
 import { createServer } from 'node:http';
 import { announce } from '../child.mjs';
-import { CHUNKS, delayOf, pace, token } from '../streams.mjs';
+import { pace, readModelName, token } from '../streams.mjs';
 
 /** Ready to be written, so that this server costs as little as can be. */
 const answers = new Map();
@@ -16,31 +16,34 @@ announce(
         'Content-Type': 'text/event-stream; charset=utf-8',
         'Cache-Control': 'no-cache',
       });
-      respond(response, model);
+      let answer = answers.get(model);
+      if (answer === undefined) answers.set(model, (answer = prepare(model)));
+      if (answer.wait > 0) setTimeout(respond, answer.wait, response, answer);
+      else respond(response, answer);
     });
   }),
 );
 
-function respond(response, model) {
-  let answer = answers.get(model);
-  if (answer === undefined) answers.set(model, (answer = prepare(model)));
-  const delay = delayOf(model);
+function respond(response, answer) {
+  const { delay, open } = answer;
+  const end = (last) => (open ? response.write(last) : response.end(last));
   if (delay === 0) {
-    response.end(answer.whole);
+    end(answer.whole);
     return;
   }
   response.write(answer.begin);
   pace(
-    { count: CHUNKS, delay },
+    { count: answer.tokens.length, delay },
     {
       write: (index) => response.write(answer.tokens[index]),
-      end: () => response.end(answer.end),
+      end: () => end(answer.end),
       isOver: () => response.destroyed,
     },
   );
 }
 
 function prepare(model) {
+  const { tokens: count, size, delay, wait, open } = readModelName(model);
   const event = (fields) =>
     Buffer.from(
       `data: ${JSON.stringify({
@@ -56,12 +59,9 @@ function prepare(model) {
     choices: [{ index: 0, delta, logprobs: null, finish_reason }],
   });
   const begin = event(choice({ role: 'assistant', content: '' }));
-  const tokens = Array.from({ length: CHUNKS }, (_, index) => event(choice({ content: token(index) })));
-  const usage = { prompt_tokens: 10, completion_tokens: CHUNKS, total_tokens: CHUNKS + 10 };
-  const end = Buffer.concat([
-    event(choice({}, 'stop')),
-    event({ choices: [], usage }),
-    Buffer.from('data: [DONE]\n\n'),
-  ]);
-  return { begin, tokens, end, whole: Buffer.concat([begin, ...tokens, end]) };
+  const tokens = Array.from({ length: count }, (_, index) => event(choice({ content: token(index, size) })));
+  const usage = { prompt_tokens: 10, completion_tokens: count, total_tokens: count + 10 };
+  const last = [event(choice({}, 'stop')), event({ choices: [], usage }), Buffer.from('data: [DONE]\n\n')];
+  const end = Buffer.concat(open ? [] : last);
+  return { delay, wait, open, begin, tokens, end, whole: Buffer.concat([begin, ...tokens, end]) };
 }
