@@ -4,14 +4,8 @@ import { IsIn, IsInt, IsOptional, IsString, IsUUID, Max, Min } from 'class-valid
 import { EXECUTION_STATUSES } from '../database/entities/execution.entity.js';
 import { IsStorableText, QueryInteger } from '../dto.js';
 
-/** Which changes of a deployment to send, and from where on. */
-export class DeploymentEventsQueryDto {
-  /** Where several environments have this name: which one. Without it `production` comes first */
-  @IsOptional()
-  @IsString()
-  @IsStorableText()
-  environment?: string;
-
+/** From where on changes of status are sent, and which. */
+class EventsQueryDto {
   /** Only changes of executions to one of these, separated by commas */
   @IsOptional()
   @Transform(({ value }: { value: unknown }) => (typeof value === 'string' ? value.split(',') : value))
@@ -34,12 +28,26 @@ export class DeploymentEventsQueryDto {
   after?: number;
 }
 
+/** Which changes of a deployment to send, and from where on. */
+export class DeploymentEventsQueryDto extends EventsQueryDto {
+  /** Where several environments have this name: which one. Without it `production` comes first */
+  @IsOptional()
+  @IsString()
+  @IsStorableText()
+  environment?: string;
+}
+
 /** Which changes of executions to send, and from where on. */
-export class ExecutionEventsQueryDto extends DeploymentEventsQueryDto {
+export class ExecutionEventsQueryDto extends EventsQueryDto {
   @IsOptional()
   @IsString()
   @IsStorableText()
   deployment_name?: string;
+
+  @IsOptional()
+  @IsString()
+  @IsStorableText()
+  environment?: string;
 
   @IsOptional()
   @IsUUID()
