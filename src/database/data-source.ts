@@ -4,6 +4,7 @@ import { DeploymentRevision } from './entities/deployment-revision.entity.js';
 import { Deployment } from './entities/deployment.entity.js';
 import { ExecutionChunk } from './entities/execution-chunk.entity.js';
 import { Execution } from './entities/execution.entity.js';
+import { ExecutionSubscriber } from './entities/execution-subscriber.entity.js';
 import { ServerProcess } from './entities/server-process.entity.js';
 import { StatusEvent } from './entities/status-event.entity.js';
 import { Step } from './entities/step.entity.js';
@@ -36,6 +37,7 @@ export function createDataSource({ url, poolSize = 10 }: DatabaseOptions): DataS
       Execution,
       Step,
       ExecutionChunk,
+      ExecutionSubscriber,
       ServerProcess,
       StatusEvent,
     ],

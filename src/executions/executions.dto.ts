@@ -16,6 +16,7 @@ import {
 import { AsGiven, IsMoment, IsStorableText, QueryInteger } from '../dto.js';
 import { EXECUTION_STATUSES } from '../database/entities/execution.entity.js';
 import type { Execution } from '../database/entities/execution.entity.js';
+import type { Presence } from './subscribers.js';
 import type { Step } from '../database/entities/step.entity.js';
 
 /** One earlier message of the conversation. */
@@ -183,7 +184,7 @@ export class ExecutionDto {
   links: ExecutionLinksDto;
 
   /** Reads an execution's row as clients see it; fields without a value are left out. */
-  static from(row: Execution): ExecutionDto {
+  static from(row: Execution, presence?: Presence): ExecutionDto {
     const since = (at: Date | null) => (at ? at.getTime() - row.created_at.getTime() : undefined);
     return {
       execution_id: row.execution_id,
@@ -201,8 +202,8 @@ export class ExecutionDto {
       first_chunk_at: row.first_chunk_at ?? undefined,
       finished_at: row.finished_at ?? undefined,
       cancel_requested_at: row.cancel_requested_at ?? undefined,
-      subscribers: Object.values(row.subscribers).reduce((total, count) => total + count, 0),
-      disconnected_at: row.disconnected_at ?? undefined,
+      subscribers: presence?.subscribers ?? 0,
+      disconnected_at: presence?.disconnected_at ?? undefined,
       duration_ms: since(row.finished_at),
       time_to_first_chunk_ms: since(row.first_chunk_at),
       links: executionLinks(row.execution_id),

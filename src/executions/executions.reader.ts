@@ -9,6 +9,7 @@ import { DeploymentsService } from '../deployments/deployments.service.js';
 import { AppError } from '../errors.js';
 import { isRequestOf } from './executions.acceptance.js';
 import { ExecutionDto, StepDto } from './executions.dto.js';
+import { Subscribers } from './subscribers.js';
 import type {
   ExecuteDto,
   ExecutionPageDto,
@@ -47,6 +48,7 @@ export class ExecutionsReader {
     @InjectRepository(Execution) private readonly executions: Repository<Execution>,
     @InjectRepository(Step) private readonly allSteps: Repository<Step>,
     private readonly deployments: DeploymentsService,
+    private readonly subscribers: Subscribers,
   ) {}
 
   /** Rejects with `execution_not_found`. */
@@ -58,7 +60,9 @@ export class ExecutionsReader {
   }
 
   async get(executionId: string): Promise<ExecutionDto> {
-    return ExecutionDto.from(await this.find(executionId));
+    const execution = await this.find(executionId);
+    const presence = await this.subscribers.presence([execution.execution_id]);
+    return ExecutionDto.from(execution, presence.get(execution.execution_id));
   }
 
   /** Newest first; ids ascend with time, so the last id of a page is where the next one begins. */
@@ -72,7 +76,9 @@ export class ExecutionsReader {
       .orderBy('execution.execution_id', 'DESC')
       .limit(limit + 1)
       .getMany();
-    const items = rows.slice(0, limit).map((row) => ExecutionDto.from(row));
+    const page = rows.slice(0, limit);
+    const presence = await this.subscribers.presence(page.map((row) => row.execution_id));
+    const items = page.map((row) => ExecutionDto.from(row, presence.get(row.execution_id)));
     return { items, next_cursor: rows.length > limit ? items.at(-1)?.execution_id : undefined };
   }
 

@@ -11,7 +11,7 @@ import { ExecutionAcceptedDto, ExecutionDto, executionLinks, isFinal } from './e
 import type { ExecuteDto, ExecuteResponseDto } from './executions.dto.js';
 import { ExecutionsReader } from './executions.reader.js';
 import { RunningExecutions } from './running-executions.js';
-import { Subscribers } from './subscribers.js';
+import { Subscribers, onceOver } from './subscribers.js';
 
 /** How long a cancellation waits for the worker, which may be another process, to stop; and how often it looks. */
 const CANCEL_WAIT_MS = 1000;
@@ -44,7 +44,7 @@ export class ExecutionsService {
     { idempotencyKey, response }: { idempotencyKey?: string; response: Response },
   ): Promise<ExecuteResponseDto> {
     const gone = new AbortController();
-    response.once('close', () => gone.abort());
+    onceOver(response, () => gone.abort());
     const { execution_id, status } = await this.acceptance.accept(request, idempotencyKey);
     nameExecution(response, execution_id);
     this.subscribers.follow(execution_id, response);
@@ -83,11 +83,11 @@ export class ExecutionsService {
         await this.waitForEnd(executionId);
       }
     }
-    const execution = await this.reader.find(executionId);
+    const execution = await this.reader.get(executionId);
     if (execution.status === 'completed' || execution.status === 'error') {
       throw new AppError('execution_finished', `The execution ended as "${execution.status}" before.`);
     }
-    return ExecutionDto.from(execution);
+    return execution;
   }
 
   private async waitForEnd(executionId: string): Promise<void> {

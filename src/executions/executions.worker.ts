@@ -102,7 +102,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
         return;
       }
       if (execution.input.on_disconnect === 'cancel') {
-        this.running.cancelWhenAbandoned(execution, revision.runtime_config.disconnect_grace_ms);
+        await this.running.cancelWhenAbandoned(executionId, revision.runtime_config.disconnect_grace_ms);
       }
       const defaultTimeoutS = this.config.EXECUTION_TIMEOUT_S;
       await new ExecutionRun({

@@ -29,6 +29,8 @@ const DELETE_LOGS = `
      WHERE before < ${BATCH_CHUNKS}
   ), deleted AS (
     DELETE FROM execution_chunk WHERE execution_id IN (SELECT execution_id FROM batch)
+  ), forgotten AS (
+    DELETE FROM execution_subscriber WHERE execution_id IN (SELECT execution_id FROM batch)
   )
   UPDATE execution SET log_deleted_at = now() FROM batch WHERE execution.execution_id = batch.execution_id`;
 

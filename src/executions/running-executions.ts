@@ -16,7 +16,9 @@ const CANCELLED = {
   text: `
     SELECT execution_id FROM execution JOIN unnest($1::uuid[], $2::int[]) AS run (execution_id, grace_ms) USING (execution_id)
      WHERE cancel_requested_at IS NOT NULL
-        OR greatest(disconnected_at, $3) < now() - grace_ms * interval '1 ms' AND disconnected_at IS NOT NULL`,
+        OR grace_ms IS NOT NULL AND (
+             SELECT sum(count) = 0 AND greatest(max(left_at), $3) < now() - grace_ms * interval '1 ms'
+               FROM execution_subscriber WHERE execution_subscriber.execution_id = execution.execution_id)`,
 };
 
 interface Run {
@@ -63,12 +65,11 @@ export class RunningExecutions implements OnApplicationShutdown {
   }
 
   /** Stops the run once all its subscribers have been gone for `graceMs`. One that never had a subscriber goes on. */
-  cancelWhenAbandoned({ execution_id, disconnected_at }: Execution, graceMs = DISCONNECT_GRACE_MS): void {
-    const run = this.runs.get(execution_id);
-    if (run) run.graceMs = graceMs;
-    if (!disconnected_at) return;
-    const since = Math.max(disconnected_at.getTime(), this.startedAt.getTime());
-    if (Date.now() - since >= graceMs) this.cancel(execution_id);
+  async cancelWhenAbandoned(executionId: string, graceMs = DISCONNECT_GRACE_MS): Promise<void> {
+    const run = this.runs.get(executionId);
+    if (!run) return;
+    run.graceMs = graceMs;
+    await this.findCancelled([[executionId, run]]); // it may have been so before it was taken up
   }
 
   /** `signal` is what {@link add} gave: another attempt in this process may have taken the place. */
@@ -106,11 +107,11 @@ export class RunningExecutions implements OnApplicationShutdown {
     }, CANCEL_POLL_MS);
   }
 
-  private async findCancelled(): Promise<void> {
-    if (this.runs.size === 0) return;
+  private async findCancelled(runs = [...this.runs]): Promise<void> {
+    if (runs.length === 0) return;
     const { rows } = await this.pool.query<{ execution_id: string }>({
       ...CANCELLED,
-      values: [[...this.runs.keys()], [...this.runs.values()].map((run) => run.graceMs), this.startedAt],
+      values: [runs.map(([id]) => id), runs.map(([, { graceMs }]) => graceMs), this.startedAt],
     });
     rows.forEach((row) => this.cancel(row.execution_id));
   }

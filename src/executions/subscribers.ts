@@ -1,4 +1,5 @@
 import { randomUUID } from 'node:crypto';
+import type { Socket } from 'node:net';
 import { Injectable, Logger } from '@nestjs/common';
 import type { OnApplicationShutdown } from '@nestjs/common';
 import type { Response } from 'express';
@@ -12,57 +13,82 @@ const BEAT_MS = 2000;
 const DEAD_MS = 5 * BEAT_MS;
 
 /**
- * Each process has a count of its own in the row, so a dead one's can be taken out. Rows that somebody holds are left for
- * the next time: waiting for several rows could make two statements wait for each other.
+ * Only this process writes its rows, and nothing else waits for them. What happens after an execution's end is counted,
+ * too, but is no leaving.
  */
 const COUNT = {
   name: 'subscribers-count',
   text: `
-    WITH relaxed AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true)), free AS MATERIALIZED (
-      SELECT execution_id, changed.count FROM execution JOIN unnest($2::uuid[], $3::int[]) AS changed (execution_id, count)
-             USING (execution_id), relaxed
-         FOR NO KEY UPDATE OF execution SKIP LOCKED
-    ), counted AS (
-    UPDATE execution SET
-           subscribers = CASE WHEN free.count > 0 THEN subscribers || jsonb_build_object($1::text, free.count)
-                              ELSE subscribers - $1::text END,
-           disconnected_at = CASE WHEN status NOT IN ('queued', 'running') THEN disconnected_at
-                                  WHEN free.count = 0 AND subscribers - $1::text = '{}'
-                                  THEN coalesce(disconnected_at, now()) END
-      FROM free
-     WHERE execution.execution_id = free.execution_id
-       AND (free.count > 0 OR subscribers ? $1::text OR status IN ('queued', 'running'))
+    WITH relaxed AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true)), changed AS MATERIALIZED (
+      SELECT execution_id, item.count, status IN ('queued', 'running') AS unfinished
+        FROM unnest($2::uuid[], $3::int[]) AS item (execution_id, count) JOIN execution USING (execution_id), relaxed
+    ), before_the_end AS (
+      INSERT INTO execution_subscriber AS stored (execution_id, process_id, count, left_at)
+      SELECT execution_id, $1, count, CASE WHEN count = 0 THEN now() END FROM changed WHERE unfinished
+          ON CONFLICT (execution_id, process_id) DO UPDATE SET count = excluded.count, left_at = excluded.left_at
     )
-    SELECT execution_id FROM free`,
+    INSERT INTO execution_subscriber AS stored (execution_id, process_id, count)
+    SELECT execution_id, $1, count FROM changed
+     WHERE NOT unfinished
+       AND (count > 0 OR EXISTS (SELECT 1 FROM execution_subscriber AS counted
+                                  WHERE counted.execution_id = changed.execution_id AND counted.process_id = $1))
+        ON CONFLICT (execution_id, process_id) DO UPDATE SET count = excluded.count`,
 };
 
 const BEAT = {
   name: 'subscribers-beat',
   text: `INSERT INTO server_process (process_id, seen_at) VALUES ($1, now())
-             ON CONFLICT (process_id) DO UPDATE SET seen_at = excluded.seen_at`,
+             ON CONFLICT (process_id) DO UPDATE SET seen_at = excluded.seen_at
+         RETURNING xmax = 0 AS is_new`,
 };
 
-/** Takes the counts of processes that give no sign of life out of all executions. */
+/** A process that gave no sign of life has no clients any more. One that was only silent finds its row gone, and counts anew. */
 const FORGET_DEAD = `
   WITH dead AS (
-    DELETE FROM server_process WHERE seen_at < now() - 10 * $1 * interval '1 ms'
-  ), alive AS MATERIALIZED (
-    SELECT coalesce(array_agg(process_id::text), '{}') AS ids FROM server_process
-     WHERE seen_at > now() - $1 * interval '1 ms'
-  ), stale AS MATERIALIZED (
-    SELECT execution_id, (SELECT coalesce(jsonb_object_agg(key, value), '{}') FROM jsonb_each(subscribers)
-                           WHERE key = ANY (alive.ids)) AS kept
-      FROM execution, alive
-     WHERE subscribers <> '{}'
-       AND EXISTS (SELECT 1 FROM jsonb_object_keys(subscribers) AS key WHERE key <> ALL (alive.ids))
-       FOR NO KEY UPDATE OF execution SKIP LOCKED
+    DELETE FROM server_process WHERE seen_at < now() - $1 * interval '1 ms' RETURNING process_id
   )
-  UPDATE execution SET subscribers = stale.kept,
-         disconnected_at = CASE WHEN status NOT IN ('queued', 'running') THEN disconnected_at
-                                WHEN stale.kept = '{}' THEN coalesce(disconnected_at, now()) END
-    FROM stale WHERE execution.execution_id = stale.execution_id`;
+  UPDATE execution_subscriber SET count = 0, left_at = now()
+    FROM dead WHERE execution_subscriber.process_id = dead.process_id AND count > 0`;
 
-/** Counts the clients that follow an execution, and writes the counts into its row. */
+const PRESENCE = {
+  name: 'subscribers-presence',
+  text: `
+    SELECT execution_id, sum(count)::int AS subscribers, CASE WHEN sum(count) = 0 THEN max(left_at) END AS disconnected_at
+      FROM execution_subscriber WHERE execution_id = ANY ($1::uuid[]) GROUP BY execution_id`,
+};
+
+/** Who follows an execution. */
+export interface Presence {
+  subscribers: number;
+  /** When the last one left before the end; null while there is one, and where there never was one. */
+  disconnected_at: Date | null;
+}
+
+/** Callbacks for the end of a connection, which has one listener, however many requests wait on it. */
+const waiting = new WeakMap<Socket, Set<() => void>>();
+
+/**
+ * Calls back when an answer is over or its connection has closed, at once if that was before. An answer that waits behind
+ * another one on its connection (pipelining) has no socket yet, and never closes when that one does.
+ */
+export function onceOver(response: Response, callback: () => void): void {
+  const { socket } = response.req;
+  if (response.closed || socket.destroyed) return callback();
+  let callbacks = waiting.get(socket);
+  if (!callbacks) {
+    const all = (callbacks = new Set());
+    waiting.set(socket, all);
+    socket.once('close', () => all.forEach((call) => call()));
+  }
+  const ofConnection = callbacks;
+  const over = () => {
+    if (ofConnection.delete(over)) callback();
+  };
+  ofConnection.add(over);
+  response.once('close', over);
+}
+
+/** Counts the clients that follow an execution, and writes the counts into the database. */
 @Injectable()
 export class Subscribers implements OnApplicationShutdown {
   private readonly logger = new Logger(Subscribers.name);
@@ -91,17 +117,27 @@ export class Subscribers implements OnApplicationShutdown {
       .catch((error: unknown) => this.logger.warn(error));
   }
 
-  /** Counts a client of the execution until its connection closes, be it that it did so before. */
+  /** Counts a client of the execution until its answer is over, be it that it is so already. One that asks for the head alone does not follow. */
   follow(executionId: string, response: Response): void {
+    if (response.req.method === 'HEAD') return;
     this.change(executionId, 1);
-    const leave = () => this.change(executionId, -1);
-    if (response.closed) leave();
-    else response.once('close', leave);
+    onceOver(response, () => this.change(executionId, -1));
   }
 
   /** Takes the clients of dead processes out of the counts. */
   async forgetDead(): Promise<void> {
+    // First a sign of life, for when the database was away for all of them.
+    if (this.counts.size > 0) await this.beat();
     await this.pool.query(FORGET_DEAD, [DEAD_MS]);
+  }
+
+  /** Who follows these executions now; one that nobody ever followed is left out. */
+  async presence(executionIds: string[]): Promise<Map<string, Presence>> {
+    const { rows } = await this.pool.query<Presence & { execution_id: string }>({
+      ...PRESENCE,
+      values: [executionIds],
+    });
+    return new Map(rows.map((row) => [row.execution_id, row]));
   }
 
   private change(executionId: string, by: 1 | -1): void {
@@ -136,14 +172,15 @@ export class Subscribers implements OnApplicationShutdown {
   }
 
   private async write(): Promise<void> {
-    const silence = performance.now() - this.lastBeat;
-    if (silence >= BEAT_MS) {
-      await this.pool.query({ ...BEAT, values: [this.self] });
-      this.lastBeat = performance.now();
-      // The others may have taken this process for dead, and its counts out.
-      if (silence >= DEAD_MS) for (const executionId of this.counts.keys()) this.changed.add(executionId);
-    }
+    if (performance.now() - this.lastBeat >= BEAT_MS) await this.beat();
     if (this.changed.size > 0) await this.writeCounts();
+  }
+
+  private async beat(): Promise<void> {
+    const { rows } = await this.pool.query<{ is_new: boolean }>({ ...BEAT, values: [this.self] });
+    this.lastBeat = performance.now();
+    // The others took this process for dead, and its clients for gone.
+    if (rows[0]?.is_new) for (const executionId of this.counts.keys()) this.changed.add(executionId);
   }
 
   private async writeCounts(): Promise<void> {
@@ -151,12 +188,7 @@ export class Subscribers implements OnApplicationShutdown {
     this.changed.clear();
     const counts = executionIds.map((executionId) => this.counts.get(executionId) ?? 0);
     try {
-      const { rows } = await this.pool.query<{ execution_id: string }>({
-        ...COUNT,
-        values: [this.self, executionIds, counts],
-      });
-      const written = new Set(rows.map((row) => row.execution_id));
-      for (const executionId of executionIds) if (!written.has(executionId)) this.changed.add(executionId);
+      await this.pool.query({ ...COUNT, values: [this.self, executionIds, counts] });
     } catch (error) {
       executionIds.forEach((executionId) => this.changed.add(executionId));
       throw error;

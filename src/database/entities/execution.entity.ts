@@ -11,7 +11,6 @@ export const EXECUTION_STATUSES = ['queued', 'running', 'completed', 'error', 'c
   where: 'idempotency_key IS NOT NULL',
 })
 @Index('execution_log_kept', ['finished_at'], { where: 'log_deleted_at IS NULL AND finished_at IS NOT NULL' })
-@Index('execution_subscribed', ['execution_id'], { where: "subscribers <> '{}'" })
 @Index('execution_unfinished', ['status'], { where: "status IN ('queued', 'running')" })
 export class Execution {
   /** A UUID of version 7, so that ids ascend in the order of acceptance. */
@@ -85,12 +84,4 @@ export class Execution {
   /** When retention deleted its chunks; null as long as they are kept. */
   @Column({ type: 'timestamptz', precision: 3, nullable: true })
   log_deleted_at: Date | null;
-
-  /** Open streams and waiting requests of each server process that has some. */
-  @Column('jsonb', { default: {} })
-  subscribers: Record<string, number>;
-
-  /** When the last subscriber left before the end; null while there is one, and where there never was one. */
-  @Column({ type: 'timestamptz', precision: 3, nullable: true })
-  disconnected_at: Date | null;
 }
