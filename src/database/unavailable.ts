@@ -3,8 +3,8 @@ import { setTimeout as sleep } from 'node:timers/promises';
 const FIRST_DELAY_MS = 50;
 const LONGEST_DELAY_MS = 1000;
 
-/** SQLSTATE classes and codes of a server that is away, starting, stopping or out of resources (PostgreSQL, appendix A). */
-const UNAVAILABLE_SQLSTATE = /^(08|53|58|57P0[1-5]|40001|40P01)/;
+/** SQLSTATE classes and codes of a server that is away, starting, stopping, out of resources or out of time (PostgreSQL, appendix A). */
+const UNAVAILABLE_SQLSTATE = /^(08|53|58|57P0[1-5]|40001|40P01|55P03|25P0[34])/;
 const UNAVAILABLE_NETWORK = new Set([
   'ECONNREFUSED',
   'ECONNRESET',

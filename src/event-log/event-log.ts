@@ -67,8 +67,9 @@ export abstract class EventLog {
    * Yields everything after sequence `after`, first what is stored, then what is committed while it reads, and returns
    * after the terminal chunk. It reads on only when asked for the next batch, so a slow reader holds one batch at most.
    * `idleMs` bounds the silence: an empty batch is yielded each time nothing came for that long.
-   * Returns early, without error, when `signal` aborts, the log is deleted, or the process shuts down. There is nothing to wait for after the terminal chunk, so `after`
-   * must be less than its sequence. Reading at `after` = 100,000 costs the same as at 10.
+   * Returns early, without error, when `signal` aborts, the log is deleted, or the process shuts down. There is nothing to
+   * wait for after the terminal chunk, so `after` must be less than its sequence. Reading at `after` = 100,000 costs the
+   * same as at 10.
    */
   abstract read(
     executionId: string,

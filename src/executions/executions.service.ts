@@ -15,7 +15,8 @@ import { Subscribers, onceOver } from './subscribers.js';
 
 /** How long a cancellation waits for the worker, which may be another process, to stop; and how often it looks. */
 const CANCEL_WAIT_MS = 1000;
-const CANCEL_POLL_MS = 20;
+const FIRST_CANCEL_POLL_MS = 5;
+const LAST_CANCEL_POLL_MS = 100;
 
 const REQUEST_CANCEL = {
   name: 'execution-request-cancel',
@@ -69,17 +70,19 @@ export class ExecutionsService {
   }
 
   /**
-   * Ends an execution as `cancelled`, whatever it would have ended as. Answers when it has ended, or after a moment if the
-   * worker that runs it is slow to answer: no step begins after that. Cancelling again changes nothing. Rejects with
+   * Ends an execution as `cancelled`, whatever it would have ended as. Answers when it has ended, so that no step begins
+   * after that; or after a moment, if the worker that runs it does not answer. Cancelling again changes nothing. Rejects with
    * `execution_finished` once it ended otherwise, and with `execution_not_found`.
    */
   async cancel(executionId: string): Promise<ExecutionDto> {
     if (isUuid(executionId)) {
       const { rows } = await this.pool.query<Execution>({ ...REQUEST_CANCEL, values: [executionId] });
       const [requested] = rows;
-      if (requested?.status === 'queued') await this.running.end(requested, 1, { status: 'cancelled' });
+      // One that was taken up before has more than its first chunk; the worker that gets it ends it.
+      if (requested?.status === 'queued' && requested.attempt === 0)
+        await this.running.end(requested, 1, { status: 'cancelled' });
       if (requested) {
-        this.running.cancel(executionId);
+        this.running.cancel(requested.execution_id);
         await this.waitForEnd(executionId);
       }
     }
@@ -92,10 +95,14 @@ export class ExecutionsService {
 
   private async waitForEnd(executionId: string): Promise<void> {
     const giveUp = Date.now() + CANCEL_WAIT_MS;
-    while (Date.now() < giveUp) {
+    for (
+      let delay = FIRST_CANCEL_POLL_MS;
+      Date.now() < giveUp;
+      delay = Math.min(delay * 2, LAST_CANCEL_POLL_MS)
+    ) {
       const { rows } = await this.pool.query<Pick<Execution, 'status'>>({ ...STATUS, values: [executionId] });
       if (!rows[0] || isFinal(rows[0].status)) return;
-      await sleep(CANCEL_POLL_MS);
+      await sleep(delay);
     }
   }
 }

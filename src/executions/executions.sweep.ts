@@ -60,7 +60,10 @@ export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy 
       () => this.retention.expire(this.shutdown.signal),
     ];
     // One that fails keeps none of the others from being done.
-    for (const task of tasks) await task().catch((error: unknown) => this.logger.warn(error));
+    for (const task of tasks) {
+      if (this.shutdown.signal.aborted) return;
+      await task().catch((error: unknown) => this.logger.warn(error));
+    }
   }
 
   /** Puts unfinished executions that the queue has lost back into it; those that are in it stay where they are. */

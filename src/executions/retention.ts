@@ -11,7 +11,7 @@ const BATCH_EVENTS = 5000;
 /** Between two batches, so that a large backlog does not keep the database from its work. */
 const PAUSE_MS = 100;
 /** At once; the rest of a backlog follows the next time. */
-const MOST_BATCHES = 20;
+const MOST_BATCHES = 10;
 
 /**
  * Deletes whole logs, so that no reader meets a gap, the oldest first. Processes that do it at the same time take

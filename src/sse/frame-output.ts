@@ -61,7 +61,8 @@ export class FrameOutput {
       this.isFirst = false;
       if (text === '\n') return true;
     }
-    if (this.awaited === 0) return write(text);
+    // A comment that Nest writes to find out whether a client is still there is none of the batch's frames.
+    if (this.awaited === 0 || (text.startsWith(':') && this.awaited > 1)) return write(text);
     this.gathered += idLast(text);
     if (--this.awaited > 0) return true;
     const hasRoom = write(this.gathered);

@@ -3,26 +3,38 @@ import { SNAPSHOT_EXECUTIONS } from './status-event.js';
 /** Any number that no other program on the same database uses for its advisory locks. */
 const SEQUENCE_LOCK = 7_061_923_419;
 
-/** Until the end of its transaction nobody else gives out sequences. */
-export const LOCK = `SELECT pg_advisory_xact_lock(${SEQUENCE_LOCK})`;
+/**
+ * Begins a transaction until whose end nobody else gives out sequences. A process that is stopped in it must not stop all
+ * the others, so PostgreSQL ends it after a moment, and nobody waits for longer than that.
+ */
+export const BEGIN = `
+  BEGIN;
+  SET LOCAL lock_timeout = '3s';
+  SET LOCAL idle_in_transaction_session_timeout = '2s';
+  SELECT pg_advisory_xact_lock(${SEQUENCE_LOCK})`;
 
 /**
  * Gives a sequence to the changes that are committed and have none. Ids are given before a commit, so a reader that went
  * by them would pass over a change whose commit took longer than that of a later one; sequences are given after it, by
- * one transaction at a time, so whoever sees one sees all before it. In a statement of its own, after {@link LOCK}.
+ * one transaction at a time, so whoever sees one sees all before it. In a statement of its own, after {@link BEGIN}.
  */
 const NUMBER = `
-  UPDATE status_event SET sequence = pending.sequence
-    FROM (SELECT event_id, nextval(pg_get_serial_sequence('status_event', 'event_id')) AS sequence
-            FROM (SELECT event_id FROM status_event WHERE sequence IS NULL ORDER BY event_id) AS oldest_first) AS pending
-   WHERE status_event.event_id = pending.event_id
-  RETURNING pending.sequence`;
+  pending AS MATERIALIZED (
+    SELECT event_id, nextval(pg_get_serial_sequence('status_event', 'event_id')) AS sequence
+      FROM (SELECT event_id FROM status_event WHERE sequence IS NULL ORDER BY event_id) AS oldest_first
+  ), numbered AS (
+    UPDATE status_event SET sequence = pending.sequence FROM pending WHERE status_event.event_id = pending.event_id
+    RETURNING pending.sequence
+  )`;
 
-export const NUMBER_PENDING = `WITH numbered AS (${NUMBER}) SELECT count(*) FROM numbered`;
+/** How far the numbered changes go. */
+const HEAD = `coalesce((SELECT max(sequence) FROM numbered), (SELECT max(sequence) FROM status_event), 0)`;
+
+export const NUMBER_PENDING = `WITH ${NUMBER} SELECT ${HEAD} AS head`;
 
 /** Whether there is something to number, and how far the numbered ones go. */
-export const HEAD = {
-  name: 'status-event-head',
+export const LOOK = {
+  name: 'status-event-look',
   text: `
     SELECT EXISTS (SELECT 1 FROM status_event WHERE sequence IS NULL) AS pending,
            coalesce((SELECT max(sequence) FROM status_event), 0) AS head`,
@@ -38,15 +50,15 @@ const OF_DEPLOYMENT = `
 
 /**
  * The numbering and the state in one statement, which sees one moment of both: a change that the state shows is not
- * told again. $5: with deployments. After {@link LOCK}.
+ * told again. $5: with deployments. After {@link BEGIN}.
  */
 export const SNAPSHOT = `
-  WITH numbered AS (${NUMBER}), unfinished AS MATERIALIZED (
+  WITH ${NUMBER}, unfinished AS MATERIALIZED (
     SELECT execution_id, deployment_id, deployment_name, environment, workflow_id, status, attempt AS attempts,
            created_at, started_at
       FROM execution WHERE status IN ('queued', 'running') AND ${OF_EXECUTION}
   )
-  SELECT coalesce((SELECT max(sequence) FROM numbered), (SELECT max(sequence) FROM status_event), 0) AS sequence,
+  SELECT ${HEAD} AS sequence,
          now() AS timestamp,
          (SELECT count(*) FROM unfinished WHERE status = 'queued') AS queued,
          (SELECT count(*) FROM unfinished WHERE status = 'running') AS running,
@@ -59,16 +71,16 @@ export const SNAPSHOT = `
                       FROM deployment WHERE ${OF_DEPLOYMENT} ORDER BY deployment_id) AS found)
          END AS deployments`;
 
-/** Changes after a sequence ($6), $7 at most. */
+/** Changes after a sequence ($6) and up to another one ($7), $8 at most. */
 export const READ = {
   name: 'status-event-read',
   text: `
     SELECT sequence, deployment_id, deployment_name, environment, workflow_id, execution_id, status, attempts, code,
            created_at
       FROM status_event
-     WHERE sequence > $6
+     WHERE sequence > $6 AND sequence <= $7
        AND CASE WHEN execution_id IS NULL THEN $5::boolean AND ${OF_DEPLOYMENT} ELSE ${OF_EXECUTION} END
-     ORDER BY sequence LIMIT $7`,
+     ORDER BY sequence LIMIT $8`,
 };
 
 /** Whether a client can go on after a sequence: it is 0 or kept. */

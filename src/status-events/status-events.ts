@@ -2,8 +2,8 @@ import { Injectable, Logger } from '@nestjs/common';
 import type { BeforeApplicationShutdown } from '@nestjs/common';
 import { Pool } from 'pg';
 import type { StatusEvent } from '../database/entities/status-event.entity.js';
-import { retryWhileUnavailable } from '../database/unavailable.js';
-import { HEAD, IS_KEPT, LOCK, NUMBER_PENDING, READ, SNAPSHOT } from './statements.js';
+import { isUnavailable, retryWhileUnavailable } from '../database/unavailable.js';
+import { BEGIN, IS_KEPT, LOOK, NUMBER_PENDING, READ, SNAPSHOT } from './statements.js';
 import type {
   SnapshotDeployment,
   SnapshotExecution,
@@ -16,6 +16,8 @@ import type {
 const POLL_MS = 200;
 /** Changes that a reader takes at once. */
 const READ_ROWS = 500;
+/** Sequences that are looked through at once; there are about two of them for a change. */
+const READ_SPAN = 20_000;
 
 /**
  * The changes of status in the order of their commits, for any number of readers. As with the event log, a reader is a
@@ -27,6 +29,10 @@ export class StatusEvents implements BeforeApplicationShutdown {
   /** Wakes a waiting reader. */
   private readonly waiting = new Set<() => void>();
   private head = 0;
+  /** All changes after a sequence, up to the head. */
+  private latest: { after: number; changes: StatusChange[] } | undefined;
+  /** Snapshots that wait for their turn, by their filter: who asks for the same one meanwhile gets it, too. */
+  private readonly snapshots = new Map<string, Promise<StatusSnapshot>>();
   private poll: NodeJS.Timeout | undefined;
   private turn: Promise<unknown> = Promise.resolve();
   private closed = false;
@@ -58,40 +64,33 @@ export class StatusEvents implements BeforeApplicationShutdown {
   ): AsyncGenerator<StatusChange[], void, void> {
     let cursor = after;
     while (!signal.aborted && !this.closed) {
-      const { head } = this;
-      const changes = await this.changes(filter, cursor, signal);
-      const last = changes.at(-1)?.sequence ?? cursor;
-      // What does not pass the filter is passed over once, not again at each look.
-      cursor = changes.length < READ_ROWS ? Math.max(last, head) : last;
-      if (changes.length > 0) yield changes;
-      else if (!(await this.news(cursor, { signal, idleMs }))) yield [];
+      if (cursor >= this.head) {
+        if (!(await this.news(cursor, { signal, idleMs }))) yield [];
+        continue;
+      }
+      const { found, end } = await this.changes(filter, cursor, signal);
+      cursor = end;
+      if (found.length > 0) yield found;
     }
   }
 
   /** Makes committed changes readable. Readers do it as they go; while there are none, somebody must now and then. */
-  async number(): Promise<void> {
-    await this.inSequence((query) => query(NUMBER_PENDING));
+  async number(): Promise<number> {
+    const { head } = await this.inSequence<{ head: string }>((query) => query(NUMBER_PENDING));
+    return Number(head);
   }
 
-  private async snapshot(filter: StatusFilter): Promise<StatusSnapshot> {
-    const row = await this.inSequence<SnapshotRow>((query) => query(SNAPSHOT, valuesOf(filter)));
-    const date = (text: string | null) => (text === null ? undefined : new Date(text));
-    return {
-      type: 'snapshot',
-      sequence: Number(row.sequence),
-      timestamp: row.timestamp,
-      queued: Number(row.queued),
-      running: Number(row.running),
-      executions: row.executions.map((execution) => ({
-        ...execution,
-        created_at: new Date(execution.created_at),
-        started_at: date(execution.started_at),
-      })),
-      deployments: row.deployments?.map((deployment) => ({
-        ...deployment,
-        last_executed_at: date(deployment.last_executed_at),
-      })),
-    };
+  private snapshot(filter: StatusFilter): Promise<StatusSnapshot> {
+    const key = JSON.stringify(valuesOf(filter));
+    const waiting = this.snapshots.get(key);
+    if (waiting) return waiting;
+    const snapshot = this.inSequence<SnapshotRow>((query) => {
+      this.snapshots.delete(key);
+      return query(SNAPSHOT, valuesOf(filter));
+    }).then(snapshotOf);
+    this.snapshots.set(key, snapshot);
+    snapshot.catch(() => this.snapshots.delete(key)); // those who asked are told
+    return snapshot;
   }
 
   /** One transaction at a time, of all processes; those of this process wait for each other without a connection. */
@@ -104,9 +103,10 @@ export class StatusEvents implements BeforeApplicationShutdown {
   private async transaction<Row extends object>(work: Work<Row>): Promise<Row> {
     const client = await this.pool.connect();
     let failure: Error | undefined;
+    const onError = (error: Error) => (failure = error); // PostgreSQL ended it between two statements
+    client.on('error', onError);
     try {
-      await client.query('BEGIN');
-      await client.query(LOCK);
+      await client.query(BEGIN);
       const row = await work(async (text, values) => (await client.query<Row>(text, values)).rows[0] as Row);
       await client.query('COMMIT');
       return row;
@@ -114,20 +114,33 @@ export class StatusEvents implements BeforeApplicationShutdown {
       failure = error instanceof Error ? error : new Error(String(error));
       throw error;
     } finally {
+      client.off('error', onError);
       client.release(failure); // a connection with a broken transaction is not used again
     }
   }
 
-  private async changes(filter: StatusFilter, after: number, signal: AbortSignal): Promise<StatusChange[]> {
-    const values = [...valuesOf(filter), after, READ_ROWS];
+  /** What passes the filter after `after`, and how far was looked: a filter may let nothing of a month pass. */
+  private async changes(
+    filter: StatusFilter,
+    after: number,
+    signal: AbortSignal,
+  ): Promise<{ found: StatusChange[]; end: number }> {
+    const { latest } = this;
+    if (latest && after >= latest.after) {
+      const found = latest.changes.filter((change) => change.sequence > after && passes(change, filter));
+      return { found, end: this.head };
+    }
+    const end = Math.min(after + READ_SPAN, this.head);
+    const values = [...valuesOf(filter), after, end, READ_ROWS];
     try {
       const { rows } = await retryWhileUnavailable(() => this.pool.query<StatusEvent>({ ...READ, values }), {
         signal,
         onRetry: (error) => this.logger.debug(error),
       });
-      return rows.map(changeOf);
+      const found = rows.map(changeOf);
+      return { found, end: rows.length < READ_ROWS ? end : (found.at(-1)?.sequence ?? end) };
     } catch (error) {
-      if (signal.aborted) return [];
+      if (signal.aborted) return { found: [], end: after };
       throw error;
     }
   }
@@ -153,7 +166,9 @@ export class StatusEvents implements BeforeApplicationShutdown {
   private schedulePoll(): void {
     this.poll ??= setTimeout(() => {
       this.look()
-        .catch((error: unknown) => this.logger.warn(error))
+        .catch((error: unknown) =>
+          isUnavailable(error) ? this.logger.debug(error) : this.logger.error(error),
+        )
         .finally(() => {
           this.poll = undefined;
           if (this.waiting.size > 0 && !this.closed) this.schedulePoll();
@@ -161,15 +176,16 @@ export class StatusEvents implements BeforeApplicationShutdown {
     }, POLL_MS);
   }
 
+  /** Finds out how far the changes go, and keeps the newest for all readers that had what came before. */
   private async look(): Promise<void> {
-    const { rows } = await this.pool.query<{ pending: boolean; head: string }>(HEAD);
-    const [found] = rows;
-    if (found?.pending) {
-      await this.number();
-      return this.look();
-    }
-    const head = Number(found?.head ?? 0);
+    const { rows } = await this.pool.query<{ pending: boolean; head: string }>(LOOK);
+    const head = rows[0]?.pending ? await this.number() : Number(rows[0]?.head ?? 0);
     if (head <= this.head) return;
+    const after = this.head;
+    const values = [...valuesOf({ deployments: true }), after, head, READ_ROWS];
+    const { rows: newest } = await this.pool.query<StatusEvent>({ ...READ, values });
+    // Too many to keep, as after a time without readers: each reads on in the table.
+    this.latest = newest.length < READ_ROWS ? { after, changes: newest.map(changeOf) } : undefined;
     this.head = head;
     this.wake();
   }
@@ -192,6 +208,38 @@ interface SnapshotRow {
     started_at: string | null;
   })[];
   deployments: (Omit<SnapshotDeployment, 'last_executed_at'> & { last_executed_at: string | null })[] | null;
+}
+
+function snapshotOf(row: SnapshotRow): StatusSnapshot {
+  const date = (text: string | null) => (text === null ? undefined : new Date(text));
+  return {
+    type: 'snapshot',
+    sequence: Number(row.sequence),
+    timestamp: row.timestamp,
+    queued: Number(row.queued),
+    running: Number(row.running),
+    executions: row.executions.map((execution) => ({
+      ...execution,
+      created_at: new Date(execution.created_at),
+      started_at: date(execution.started_at),
+    })),
+    deployments: row.deployments?.map((deployment) => ({
+      ...deployment,
+      last_executed_at: date(deployment.last_executed_at),
+    })),
+  };
+}
+
+function passes(change: StatusChange, filter: StatusFilter): boolean {
+  const { deployment_name, environment, workflow_id, status, deployments } = filter;
+  return (
+    (deployment_name === undefined || change.deployment_name === deployment_name) &&
+    (environment === undefined || change.environment === environment) &&
+    (workflow_id === undefined || change.workflow_id === workflow_id.toLowerCase()) &&
+    (change.type === 'execution'
+      ? status === undefined || status.includes(change.status)
+      : deployments === true)
+  );
 }
 
 function valuesOf(filter: StatusFilter): unknown[] {

@@ -28,19 +28,23 @@ export class StatusStreams {
     { lastEventId, after, response }: { lastEventId?: string; after?: number; response: Response },
   ): Promise<Observable<MessageEvent>> {
     const start = await this.events.begin(filter, lastEventId ? parseEventId(lastEventId) : after);
+    const from =
+      typeof start === 'number'
+        ? { cursor: start, first: [] }
+        : { cursor: start.sequence, first: [messageOf(start)] };
     return eventStream(response, {
-      source: (signal) => this.messages(filter, start, signal),
+      source: (signal) => this.messages(filter, from, signal),
       metrics: this.metrics,
     });
   }
 
   private async *messages(
     filter: StatusFilter,
-    start: number | StatusSnapshot,
+    { cursor, first }: { cursor: number; first: MessageEvent[] },
     signal: AbortSignal,
   ): AsyncGenerator<MessageEvent[], void, void> {
-    const cursor = typeof start === 'number' ? start : start.sequence;
-    if (typeof start !== 'number') yield [messageOf(start)];
+    // A snapshot can be large, and the stream lasts: it is not kept.
+    if (first.length > 0) yield first.splice(0);
     const idleMs = this.config.HEARTBEAT_INTERVAL_MS;
     for await (const changes of this.events.read(filter, cursor, { signal, idleMs })) {
       yield changes.length === 0 ? [{ comment: 'heartbeat' }] : changes.map(messageOf);

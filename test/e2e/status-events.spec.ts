@@ -1,13 +1,11 @@
-import { randomInt } from 'node:crypto';
 import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
-import { createParser } from 'eventsource-parser';
+import { Client } from 'pg';
 import type { StatusChange, StatusSnapshot } from '../../src/status-events/status-event.js';
 import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
+import { StatusWatcher } from '../support/status-watcher.js';
 import { Studio, echo, until, upstreamAgent } from '../support/studio.js';
 import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
-
-type StatusMessage = StatusChange | StatusSnapshot;
 
 let upstream: Upstream;
 let release: () => void;
@@ -34,87 +32,7 @@ afterAll(async () => {
   await upstream.stop();
 });
 
-/** A client that watches, from the moment that its first message is there. */
-class Watcher {
-  readonly messages: StatusMessage[] = [];
-  ids: string[] = [];
-  raw = '';
-  ended = false;
-  private readonly leaving = new AbortController();
-
-  constructor(
-    private readonly path: string,
-    private readonly urls: string[] = [server.url],
-  ) {}
-
-  static async open(path: string, lastEventId?: string): Promise<Watcher> {
-    const watcher = new Watcher(path);
-    await watcher.connect(lastEventId);
-    return watcher;
-  }
-
-  /** Reads until it is left, at any of its addresses. */
-  async connect(lastEventId?: string): Promise<void> {
-    const url = this.urls[randomInt(this.urls.length)] ?? '';
-    const headers = lastEventId === undefined ? undefined : { 'Last-Event-ID': lastEventId };
-    const response = await fetch(url + this.path, { headers, signal: this.leaving.signal });
-    expect(response.status).toBe(200);
-    expect(response.headers.get('content-type')).toBe('text/event-stream; charset=utf-8');
-    void this.read(response).catch((error: unknown) => {
-      if (!this.leaving.signal.aborted) throw error;
-    });
-  }
-
-  /** Reads some messages, then breaks the connection off and comes back, again and again until `done`. */
-  async readInPieces(done: () => boolean): Promise<void> {
-    while (!done()) {
-      const id = this.ids.at(-1);
-      const headers = id === undefined ? undefined : { 'Last-Event-ID': id };
-      const leaving = new AbortController();
-      const url = this.urls[randomInt(this.urls.length)] ?? '';
-      const most = this.messages.length + randomInt(1, 12);
-      const timer = setTimeout(() => leaving.abort(), 700); // it may be the last piece, or empty
-      try {
-        const response = await fetch(url + this.path, { headers, signal: leaving.signal });
-        await this.read(response, () => this.messages.length >= most);
-      } catch (error) {
-        if (!leaving.signal.aborted) throw error;
-      } finally {
-        clearTimeout(timer);
-        leaving.abort();
-      }
-    }
-  }
-
-  changes(): StatusChange[] {
-    return this.messages.filter((message) => message.type !== 'snapshot');
-  }
-
-  leave(): void {
-    this.leaving.abort();
-  }
-
-  private async read(response: Response, enough: () => boolean = () => false): Promise<void> {
-    const parser = createParser({
-      onEvent: ({ id = '', data }) => {
-        if (enough()) return;
-        const message = JSON.parse(data) as StatusMessage;
-        expect(id).toBe(String(message.sequence));
-        this.messages.push(message);
-        this.ids.push(id);
-      },
-    });
-    const decoder = new TextDecoder();
-    for await (const bytes of response.body ?? []) {
-      const text = decoder.decode(bytes as Uint8Array, { stream: true });
-      this.raw += text;
-      parser.feed(text);
-      if (enough()) return;
-    }
-    this.ended = true;
-  }
-}
-
+const watch = (path: string, lastEventId?: string) => StatusWatcher.open(path, [server.url], lastEventId);
 const ALL = '/api/executions/events';
 const run = (deployment_name: string) =>
   studio.execute<{ execution_id: string }>({ deployment_name, query: 'x' });
@@ -125,7 +43,7 @@ describe('who watches', () => {
     const quick = await studio.deploy(echo());
     const before = await studio.stream({ deployment_name: held, query: 'x' });
     await until(() => (upstream.requests.length > 0 ? true : undefined));
-    const watcher = await Watcher.open(ALL);
+    const watcher = await watch(ALL);
     const snapshot = (await until(() => watcher.messages[0])) as StatusSnapshot;
     expect(snapshot).toMatchObject({ type: 'snapshot', queued: 0, running: 1 });
     expect(snapshot).not.toHaveProperty('deployments');
@@ -186,9 +104,9 @@ describe('who watches', () => {
     const runs = 150;
     let begun = 0;
     let ended = false;
-    const watchers: { watcher: Watcher; reading: Promise<void> }[] = [];
-    const watch = () => {
-      const watcher = new Watcher(path, [server.url, api.url]);
+    const watchers: { watcher: StatusWatcher; reading: Promise<void> }[] = [];
+    const beginToWatch = () => {
+      const watcher = new StatusWatcher(path, [server.url, api.url]);
       const isDone = () => ended && watcher.changes().some((change) => change.sequence >= lastSequence);
       watchers.push({ watcher, reading: watcher.readInPieces(isDone) });
     };
@@ -196,7 +114,7 @@ describe('who watches', () => {
     const ids: string[] = [];
     const client = async () => {
       while (begun < runs) {
-        if (begun++ % 15 === 0) watch();
+        if (begun++ % 15 === 0) beginToWatch();
         ids.push((await run(deployment)).body.execution_id);
       }
     };
@@ -233,13 +151,13 @@ describe('who watches', () => {
   it('gets what it missed when it comes back, and a snapshot when that is not kept any more', async () => {
     const deployment = await studio.deploy(echo());
     const path = `${ALL}?deployment_name=${deployment}`;
-    const first = await Watcher.open(path);
+    const first = await watch(path);
     await until(() => first.messages[0]);
     await run(deployment);
     await until(() => first.changes().length === 3 || undefined);
     first.leave();
     await run(deployment);
-    const again = await Watcher.open(path, first.ids[1]);
+    const again = await watch(path, first.ids[1]);
     await until(() => again.messages.length === 5 || undefined);
     expect(again.messages.slice(0, 2)).toEqual(first.messages.slice(2));
     expect(again.changes().map(({ status }) => status)).toEqual([
@@ -250,14 +168,14 @@ describe('who watches', () => {
       'completed',
     ]);
     again.leave();
-    const byQuery = await Watcher.open(`${path}&after=${first.ids[1]}`);
+    const byQuery = await watch(`${path}&after=${first.ids[1]}`);
     await until(() => byQuery.messages.length === 5 || undefined);
     expect(byQuery.messages).toEqual(again.messages);
     byQuery.leave();
 
     await server.database.query('DELETE FROM status_event WHERE sequence <= $1', [Number(first.ids[2])]);
     for (const id of [first.ids[1], '999999999999999']) {
-      const late = await Watcher.open(path, id);
+      const late = await watch(path, id);
       expect(await until(() => late.messages[0])).toMatchObject({ type: 'snapshot' });
       late.leave();
     }
@@ -265,8 +183,8 @@ describe('who watches', () => {
 
   it('gets only what passes the filter', async () => {
     const [one, other] = [await studio.deploy(echo()), await studio.deploy(echo())];
-    const ended = await Watcher.open(`${ALL}?deployment_name=${one}&status=completed,error`);
-    const nowhere = await Watcher.open(`${ALL}?environment=nowhere`);
+    const ended = await watch(`${ALL}?deployment_name=${one}&status=completed,error`);
+    const nowhere = await watch(`${ALL}?environment=nowhere`);
     await until(() => (ended.messages.length && nowhere.messages.length) || undefined);
     await run(other);
     await run(one);
@@ -278,12 +196,62 @@ describe('who watches', () => {
     ]);
     expect(nowhere.messages).toHaveLength(1);
     const { workflow_id } = (await studio.json<{ workflow_id: string }>(`/api/deployments/${other}`)).body;
-    const ofWorkflow = await Watcher.open(`${ALL}?workflow_id=${workflow_id}&after=0`);
+    const ofWorkflow = await watch(`${ALL}?workflow_id=${workflow_id}&after=0`);
     await until(() => ofWorkflow.changes().length === 3 || undefined);
     expect(new Set(ofWorkflow.changes().map(({ deployment_name }) => deployment_name))).toEqual(
       new Set([other]),
     );
     for (const watcher of [ended, nowhere, ofWorkflow]) watcher.leave();
+  });
+
+  it('is told of changes though more of them keep coming', async () => {
+    const deployment = await studio.deploy(echo());
+    const { body } = await run(deployment);
+    const watcher = await watch(`${ALL}?deployment_name=busy`);
+    await until(() => watcher.messages[0]);
+    let heard = false;
+    let commits = 0;
+    const commitAgainAndAgain = async () => {
+      const client = new Client(server.database.url);
+      await client.connect();
+      while (!heard) {
+        await client.query(
+          `INSERT INTO status_event (deployment_id, deployment_name, environment, workflow_id, execution_id, status, created_at)
+           SELECT deployment_id, 'busy', environment, workflow_id, execution_id, status, now() FROM execution WHERE execution_id = $1`,
+          [body.execution_id],
+        );
+        commits++;
+      }
+      await client.end();
+    };
+    const committing = Array.from({ length: 6 }, commitAgainAndAgain);
+    try {
+      await until(() => watcher.changes().length > 100 || undefined);
+    } finally {
+      heard = true;
+      await Promise.all(committing);
+      watcher.leave();
+    }
+    // It need not wait until there is a pause.
+    expect(commits).toBeLessThan(10_000);
+  });
+
+  it('is sent away for a moment, and nobody else is harmed, while a stopped process holds the numbering', async () => {
+    const deployment = await studio.deploy(echo());
+    const stopped = new Client(server.database.url);
+    await stopped.connect();
+    try {
+      await stopped.query('SELECT pg_advisory_lock(7061923419)');
+      const [refused, ran] = await Promise.all([fetch(server.url + ALL), run(deployment)]);
+      expect(refused.status).toBe(503);
+      expect(Number(refused.headers.get('retry-after'))).toBeGreaterThan(0);
+      expect(ran.status).toBe(200);
+    } finally {
+      await stopped.end();
+    }
+    const watcher = await watch(ALL);
+    expect(await until(() => watcher.messages[0])).toMatchObject({ type: 'snapshot' });
+    watcher.leave();
   });
 
   it('is told when it asks for what can not be', async () => {
@@ -315,7 +283,7 @@ describe('who watches a deployment', () => {
   it('sees it stop, come back and go, and its executions', async () => {
     const name = await studio.deploy(echo());
     await studio.execute({ deployment_name: name, query: 'x' });
-    const watcher = await Watcher.open(`/api/deployments/${name}/events`);
+    const watcher = await watch(`/api/deployments/${name}/events`);
     const snapshot = (await until(() => watcher.messages[0])) as StatusSnapshot;
     expect(snapshot).toMatchObject({ queued: 0, running: 0, executions: [] });
     expect(snapshot.deployments).toMatchObject([
@@ -343,15 +311,11 @@ describe('who watches a deployment', () => {
   });
 });
 
-it('ends its streams in good order when the server shuts down, and leaves none open', async () => {
+it('the streams end in good order when the server shuts down', async () => {
   const second = await startTestApp({ ROLE: 'api' }, server.database);
-  const watcher = new Watcher(ALL, [second.url]);
+  const watcher = new StatusWatcher(ALL, [second.url]);
   await watcher.connect();
   await until(() => watcher.messages[0]);
   await second.close();
   await until(() => watcher.ended || undefined);
-  await until(async () => {
-    const metrics = await (await fetch(`${server.url}/metrics`)).text();
-    return /^agent_studio_open_streams 0$/m.test(metrics) || undefined;
-  });
 });
