@@ -1,6 +1,10 @@
-import { expect, it } from '@jest/globals';
+import { EventEmitter, once } from 'node:events';
+import { describe, expect, it } from '@jest/globals';
 import { startTestApp } from '../support/app.js';
-import { Studio, faultsOfStream, textOf, upstreamAgent } from '../support/studio.js';
+import { createTestDatabase } from '../support/database.js';
+import { ServerProcess } from '../support/studio-process.js';
+import { Studio, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
+import type { EventStream, Frame } from '../support/studio.js';
 import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 
 it('a server that shuts down ends its streams without a terminal chunk, and another one goes on', async () => {
@@ -63,3 +67,161 @@ it('a server that shuts down ends its streams without a terminal chunk, and anot
     await upstream.stop();
   }
 });
+
+describe('SIGTERM', () => {
+  const half = Array.from({ length: 30 }, (_, index) => `word ${index} 🙂\n`);
+  /** `go on` lets the model say the second half of the answers that wait for it. */
+  const conductor = new EventEmitter();
+  let calls: string[] = [];
+
+  /** Servers on a database of their own, whose models `steady` and `broken` stop in the middle of an answer. */
+  async function withServers(
+    work: (start: (env?: Record<string, string>) => Promise<ServerProcess>) => Promise<void>,
+  ): Promise<void> {
+    calls = [];
+    const upstream = await Upstream.start(async (response, { body }) => {
+      const model = String(body.model);
+      const isRepeated = calls.includes(model);
+      calls.push(model);
+      writeStream(response, ...half.map(chatDelta));
+      // The call of the worker that shuts down never comes to its end, the one of the next worker does.
+      if (model === 'broken' && !isRepeated) return;
+      if (model === 'steady') await once(conductor, 'go on');
+      writeStream(response, ...half.map(chatDelta), chatEnd());
+      response.end();
+    });
+    const database = await createTestDatabase();
+    const servers: ServerProcess[] = [];
+    const provider = { type: 'openai-compatible', base_url: upstream.url };
+    const start = async (env: Record<string, string> = {}) => {
+      const MODEL_PROVIDERS = JSON.stringify({ upstream: provider });
+      const server = await ServerProcess.start({ DATABASE_URL: database.url, MODEL_PROVIDERS, ...env });
+      servers.push(server);
+      return server;
+    };
+    try {
+      await work(start);
+    } finally {
+      await Promise.all(servers.map((server) => server.stop('SIGKILL')));
+      await database.drop();
+      await upstream.stop();
+    }
+  }
+
+  /** Reads to the end of the connection; `work` is begun when this many chunks of content have come. */
+  async function readWhile(
+    stream: EventStream,
+    { contents, work }: { contents: number; work: () => Promise<void> },
+  ): Promise<Frame[]> {
+    const frames: Frame[] = [];
+    let working: Promise<void> | undefined;
+    for await (const frame of stream) {
+      frames.push(frame);
+      if (frames.filter(({ chunk }) => chunk.type === 'content').length === contents) working ??= work();
+    }
+    await working;
+    return frames;
+  }
+
+  /** The bytes of a stream without the line that comes once in each connection. */
+  const bytesOf = (...streams: EventStream[]) =>
+    streams.map(({ raw }) => raw.replace(/^retry: \d+\n/m, '')).join('');
+
+  it('ends the streams of a process that runs nothing between two chunks, and another one has the rest to the byte', async () => {
+    await withServers(async (start) => {
+      const drained = await start({ ROLE: 'api' });
+      const other = await start({ ROLE: 'api' });
+      await start({ ROLE: 'worker' });
+      const client = new Studio(drained.url);
+      const deployment = await client.deploy(upstreamAgent({ model: 'upstream/steady' }));
+      const stream = await client.stream({ deployment_name: deployment, query: 'x' });
+      const { executionId } = stream;
+      const head = await readWhile(stream, { contents: half.length, work: () => drained.stop() });
+      expect(drained.process.exitCode).toBe(0);
+      expect(head.at(-1)?.chunk.type).toBe('content');
+      expect(stream.raw).toMatch(/\n\n$/);
+
+      conductor.emit('go on');
+      const again = new Studio(other.url);
+      const rest = await again.follow(executionId, head.length);
+      const frames = [...head, ...(await rest.frames())];
+      expect(faultsOfStream(frames, executionId)).toEqual([]);
+      expect(textOf(frames)).toBe(half.join('').repeat(2));
+      const whole = await again.follow(executionId);
+      await whole.frames();
+      expect(bytesOf(stream, rest)).toBe(bytesOf(whole));
+      expect(calls).toEqual(['steady']);
+    });
+  });
+
+  it('lets a step that ends within its grace period end, and the stream with it', async () => {
+    await withServers(async (start) => {
+      const drained = await start({ SHUTDOWN_GRACE_MS: '30000' });
+      const client = new Studio(drained.url);
+      const deployment = await client.deploy(upstreamAgent({ model: 'upstream/steady' }));
+      const stream = await client.stream({ deployment_name: deployment, query: 'x' });
+      const finish = async () => {
+        const stopped = drained.stop();
+        await until(async () => (await client.json('/health/ready')).status === 503 || undefined);
+        drained.process.kill('SIGTERM'); // a second one changes nothing
+        conductor.emit('go on');
+        await stopped;
+      };
+      const frames = await readWhile(stream, { contents: half.length, work: finish });
+      expect(faultsOfStream(frames, stream.executionId)).toEqual([]);
+      expect(textOf(frames)).toBe(half.join('').repeat(2));
+      expect(drained.process.exitCode).toBe(0);
+    });
+  });
+
+  it('in the middle of a step: another process runs it again, and what `restarted` says to discard makes the text whole', async () => {
+    await withServers(async (start) => {
+      const drained = await start({ SHUTDOWN_GRACE_MS: '0' });
+      const client = new Studio(drained.url);
+      const agent = (id: string) => ({
+        ...upstreamAgent({ model: `upstream/${id}` }).agents[0],
+        agent_id: id,
+      });
+      const deployment = await client.deploy({ agents: [agent('broken'), agent('quick')] });
+      const stream = await client.stream({ deployment_name: deployment, query: 'x' });
+      const { executionId } = stream;
+      const interrupt = async () => {
+        await until(async () => {
+          const { body } = await client.json<{ items: object[] }>(`/api/executions/${executionId}/steps`);
+          return body.items.some((step) => 'status' in step && step.status === 'completed') || undefined;
+        });
+        await drained.stop();
+      };
+      const head = await readWhile(stream, { contents: 3 * half.length, work: interrupt });
+      expect(drained.process.exitCode).toBe(0);
+      expect(faultsOfStream(head, executionId)).toEqual([
+        `chunk ${head.length} of ${head.length} has status undefined`,
+      ]);
+
+      const other = new Studio((await start()).url);
+      const frames = [...head, ...(await (await other.follow(executionId, head.length)).frames())];
+      expect(faultsOfStream(frames, executionId)).toEqual([]);
+      expect(textOf(frames, 'broken').length).toBeGreaterThan(half.join('').length * 2);
+      const answer = half.join('').repeat(2);
+      expect(textOf(kept(frames), 'broken')).toBe(answer);
+      expect(textOf(kept(frames), 'quick')).toBe(answer);
+      const { body } = await other.json(`/api/executions/${executionId}`);
+      expect(body).toMatchObject({ status: 'completed', response: `${answer}\n\n${answer}` });
+      expect(calls.toSorted()).toEqual(['broken', 'broken', 'quick']);
+    });
+  });
+});
+
+/** What is left of a stream when a client has discarded what the `restarted` chunks say. */
+function kept(frames: Frame[]): Frame[] {
+  const restarts = frames.map(({ chunk }) => chunk).filter(({ status }) => status === 'restarted');
+  return frames.filter(({ chunk: { type, agent_id, sequence } }) =>
+    restarts.every(
+      (restart) =>
+        type !== 'content' ||
+        agent_id !== restart.agent_id ||
+        sequence <= (restart.discard_after ?? 0) ||
+        sequence > restart.sequence,
+    ),
+  );
+}

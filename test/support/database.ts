@@ -4,6 +4,8 @@ import { Client } from 'pg';
 export interface TestDatabase {
   url: string;
   query<Row extends object>(text: string, values?: unknown[]): Promise<Row[]>;
+  /** Holds up every statement that conflicts with this lock while `work` is done. */
+  whileLocked(table: string, mode: 'SHARE' | 'ACCESS EXCLUSIVE', work: () => Promise<void>): Promise<void>;
   drop(): Promise<void>;
 }
 
@@ -21,6 +23,7 @@ export async function createTestDatabase(): Promise<TestDatabase> {
   return {
     url: url.href,
     query: (text, values) => run(url.href, text, values),
+    whileLocked: (table, mode, work) => whileLocked(url.href, `LOCK TABLE ${table} IN ${mode} MODE`, work),
     drop: async () => void (await run(serverUrl, `DROP DATABASE ${name} WITH (FORCE)`)),
   };
 }
@@ -34,6 +37,22 @@ async function run<Row extends object>(
   await client.connect();
   try {
     return (await client.query<Row>(text, values)).rows;
+  } finally {
+    await client.end();
+  }
+}
+
+async function whileLocked(
+  connectionString: string,
+  statement: string,
+  work: () => Promise<void>,
+): Promise<void> {
+  const client = new Client({ connectionString });
+  await client.connect();
+  try {
+    await client.query('BEGIN');
+    await client.query(statement);
+    await work();
   } finally {
     await client.end();
   }

@@ -1,14 +1,32 @@
 import { spawn } from 'node:child_process';
 import type { ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
-import { readFile } from 'node:fs/promises';
+import { readFile, readdir } from 'node:fs/promises';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 
-const MAIN = fileURLToPath(new URL('../../dist/main.js', import.meta.url));
+const DIST = new URL('../../dist/', import.meta.url);
+const MAIN = fileURLToPath(new URL('main.js', DIST));
+/** What the probe counts objects with is still an experiment of Node's, which says so each time. */
+const PROBED = [
+  '--import',
+  new URL('heap-probe.mjs', import.meta.url).href,
+  '--disable-warning=ExperimentalWarning',
+];
+
+/** What the server's memory holds after a garbage collection. */
+interface Held {
+  /** Objects of the class that was asked for. */
+  count: number;
+  /** Bytes of JavaScript's heap and of the buffers that belong to it. */
+  held: number;
+}
+type ProbeAnswer = { id: number } & (Held | { error: string });
 
 /** The built server as a process of its own, for what can only be seen from outside: its memory, and its death. */
 export class ServerProcess {
+  private questions = 0;
+
   private constructor(
     readonly url: string,
     readonly process: ChildProcess,
@@ -16,14 +34,16 @@ export class ServerProcess {
 
   /** Starts `dist/main.js` on a free port; `env` are variables of its configuration. */
   static async start(env: Record<string, string>): Promise<ServerProcess> {
-    const child = spawn(process.execPath, [MAIN], {
+    const child = spawn(process.execPath, [...PROBED, MAIN], {
       env: { PATH: process.env.PATH, LOG_LEVEL: 'info', PORT: '0', ...env },
-      stdio: ['ignore', 'pipe', 'inherit'],
+      stdio: ['ignore', 'pipe', 'inherit', 'ipc'],
     });
-    for await (const line of createInterface({ input: child.stdout })) {
+    const { stdout } = child;
+    if (!stdout) throw new Error('The server has no output.');
+    for await (const line of createInterface({ input: stdout })) {
       const { url } = JSON.parse(line) as { url?: string };
       if (!url) continue;
-      child.stdout.resume();
+      stdout.resume();
       return new ServerProcess(url, child);
     }
     throw new Error(`The server ended before it listened: exit code ${child.exitCode}.`);
@@ -35,6 +55,47 @@ export class ServerProcess {
     const bytes = (field: string) =>
       Number(new RegExp(`^${field}:\\s+(\\d+) kB`, 'm').exec(status)?.[1]) * 1024;
     return { now: bytes('VmRSS'), peak: bytes('VmHWM') };
+  }
+
+  /** How many files, sockets and pipes the process has open (Linux). */
+  async openDescriptors(): Promise<number> {
+    return (await readdir(`/proc/${this.process.pid}/fd`)).length;
+  }
+
+  /** Connections of clients that the process has not closed, as the kernel counts them (Linux). */
+  async clientConnections(): Promise<number> {
+    const port = Number(new URL(this.url).port).toString(16).toUpperCase().padStart(4, '0');
+    const [, ...lines] = (await readFile('/proc/net/tcp', 'utf8')).trim().split('\n');
+    // proc_net_tcp: the local address, the state (0A is LISTEN), and an inode, which is 0 once no process has the socket.
+    const sockets = lines.map((line) => line.trim().split(/\s+/));
+    return sockets.filter(
+      ([, local, , state, , , , , , inode]) => local?.endsWith(`:${port}`) && state !== '0A' && inode !== '0',
+    ).length;
+  }
+
+  /** A figure of `/metrics`, `labels` as they are written there: `{type="Timeout"}`. 0 if it has none with these labels. */
+  async metric(name: string, labels = ''): Promise<number> {
+    // The server itself closes the connection, so that asking leaves nothing behind that counts.
+    const text = await (await fetch(`${this.url}/metrics`, { headers: { connection: 'close' } })).text();
+    if (!text.includes(`# TYPE ${name} `)) throw new Error(`/metrics has nothing named ${name}.`);
+    const line = text.split('\n').find((candidate) => candidate.startsWith(`${name}${labels} `));
+    return Number(line?.slice(line.lastIndexOf(' ')) ?? 0);
+  }
+
+  /**
+   * What is still held after a garbage collection: how many objects of an exported class, and how many bytes in all.
+   * `module` is `node:…` or a file below `dist`.
+   */
+  async held(module = 'node:http', name = 'ServerResponse'): Promise<Held> {
+    const id = ++this.questions;
+    const specifier = module.startsWith('node:') ? module : new URL(module, DIST).href;
+    this.process.send({ id, module: specifier, name });
+    for (;;) {
+      const [answer] = (await once(this.process, 'message')) as [ProbeAnswer];
+      if (answer.id !== id) continue;
+      if ('error' in answer) throw new Error(answer.error);
+      return answer;
+    }
   }
 
   async stop(signal: NodeJS.Signals = 'SIGTERM'): Promise<void> {

@@ -181,6 +181,19 @@ export async function until<Result>(
   }
 }
 
+/** Resolves once `check` passes; fails as it failed last. `ms` only bounds a test that hangs. */
+export async function untilPasses(check: () => Promise<void>, ms = 20_000): Promise<void> {
+  const giveUp = Date.now() + ms;
+  for (;;) {
+    try {
+      return await check();
+    } catch (error) {
+      if (Date.now() > giveUp) throw error;
+    }
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+}
+
 /** One `offline/echo` agent. */
 export const echo = (fields: object = {}) => ({
   agents: [{ agent_id: 'echo', agent_type: 'llm', config: { model: 'offline/echo', ...fields } }],
