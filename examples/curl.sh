@@ -15,14 +15,11 @@ json() { # a text as JSON
   printf '"%s"' "$text"
 }
 
-connect() { # prints the headers and the events of one connection
-  if [[ -z $stream ]]; then
-    curl --silent --no-buffer --include --header 'Content-Type: application/json' \
-      --data-binary "{\"deployment_name\": $(json "$deployment"), \"query\": $(json "$query")}" \
-      "$server/api/workflows/execute/stream"
-  else
-    curl --silent --no-buffer --include --header "Last-Event-ID: $last_event_id" "$server$stream"
-  fi
+connect() { # prints the headers and the events of one connection; curl leaves out a header without a value
+  curl --silent --no-buffer --include --header 'Content-Type: application/json' \
+    --header "Idempotency-Key: $key" --header "Last-Event-ID: $last_event_id" \
+    --data-binary "{\"deployment_name\": $(json "$deployment"), \"query\": $(json "$query")}" \
+    "$server/api/workflows/execute/stream"
 }
 
 say() { # the text of a JSON string; its escapes are those of %b, but for \"
@@ -43,14 +40,15 @@ handle() { # one chunk, a line of JSON
   fi
 }
 
-stream='' last_event_id=''
+# What makes the request safe to repeat: the key until the first event is there, then the id of the last one.
+key=$(od -An -N16 -tx1 /dev/urandom) key=${key//[[:space:]]/}
+last_event_id=''
 for ((failures = 0; failures < 10; failures++)); do
   id='' data='' code=0
   while IFS= read -r line || [[ -n $line ]]; do
     line=${line%$'\r'}
     case $line in
       HTTP/*) code=${line#* } code=${code%% *} ;;
-      [Ll]ocation:*) stream=${line#*: } ;;
       'id: '*) id=${line#id: } ;;
       'data: '*) data=${line#data: } ;;
       '{'*) problem=$line ;;
@@ -66,8 +64,7 @@ for ((failures = 0; failures < 10; failures++)); do
     204) exit 0 ;; # nothing comes after the last event
     4*) echo "${problem:-}" >&2 && exit 1 ;;
   esac
-  [[ -n $stream ]] || break
-  printf '\n[connection lost]\n' >&2
+  printf '\n[no connection]\n' >&2
   sleep 1
 done
 echo "$server can not be reached." >&2

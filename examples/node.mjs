@@ -31,20 +31,19 @@ async function* readEvents(body) {
   }
 }
 
-/** Starts an execution and yields its chunks, each once and in order, over as many connections as it takes. */
+/** Runs the request once and yields its chunks, each once and in order, over as many connections as it takes. */
 async function* execute(request) {
-  let response = await fetch(`${server}/api/workflows/execute/stream`, {
-    method: 'POST',
-    headers: { 'Content-Type': 'application/json' },
-    body: JSON.stringify(request),
-  });
-  if (!response.ok) throw new Error((await response.json()).detail);
-  const stream = server + response.headers.get('Location');
-  const headers = {};
+  // What makes the request safe to repeat: the key until the first event is there, then the id of the last one.
+  const headers = { 'Content-Type': 'application/json', 'Idempotency-Key': crypto.randomUUID() };
+  const body = JSON.stringify(request);
   let retry = 1000;
   for (let failures = 0; failures < MOST_FAILURES; failures++) {
     try {
-      if (failures > 0) response = await fetch(stream, { headers });
+      const response = await fetch(`${server}/api/workflows/execute/stream`, {
+        method: 'POST',
+        headers,
+        body,
+      });
       if (response.status === 204) return; // nothing comes after the last event
       if (response.status >= 400 && response.status < 500) throw new Error((await response.json()).detail);
       for await (const event of readEvents(response.body)) {
@@ -58,10 +57,10 @@ async function* execute(request) {
     } catch (error) {
       if (!(error instanceof TypeError)) throw error; // a TypeError is how fetch says that the network failed
     }
-    stderr.write('\n[connection lost]\n');
+    stderr.write('\n[no connection]\n');
     await sleep(retry);
   }
-  throw new Error('The server can not be reached any more.');
+  throw new Error('The server can not be reached.');
 }
 
 /** Prints what the agents say; resolves to the status of the end. */
@@ -87,6 +86,6 @@ try {
   const status = await print(execute({ deployment_name: deployment, query }));
   process.exitCode = status === 'completed' ? 0 : 1;
 } catch (error) {
-  stderr.write(`${error.cause?.message ?? error.message}\n`);
+  stderr.write(`${error.message}\n`);
   process.exitCode = 1;
 }

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+import uuid
 
 import requests
 
@@ -31,17 +32,14 @@ def read_events(response):
 
 
 def execute(server, request):
-    """Starts an execution and yields its chunks, each once and in order, over as many connections as it takes."""
+    """Runs the request once and yields its chunks, each once and in order, over as many connections as it takes."""
     address = server + "/api/workflows/execute/stream"
-    response = requests.post(address, json=request, stream=True, timeout=SILENCE)
-    if response.status_code != 200:
-        raise ConnectionError(response.json()["detail"])
-    stream = server + response.headers["Location"]
-    headers, retry, failures = {}, 1.0, 0
+    # What makes the request safe to repeat: the key until the first event is there, then the id of the last one.
+    headers = {"Idempotency-Key": str(uuid.uuid4())}
+    retry, failures = 1.0, 0
     while failures < MOST_FAILURES:
         try:
-            if response is None:
-                response = requests.get(stream, headers=headers, stream=True, timeout=SILENCE)
+            response = requests.post(address, json=request, headers=headers, stream=True, timeout=SILENCE)
             if response.status_code == 204:
                 return  # nothing comes after the last event
             if 400 <= response.status_code < 500:
@@ -57,11 +55,10 @@ def execute(server, request):
                         return
         except requests.RequestException:
             pass  # the connection broke, or there was none
-        print("\n[connection lost]", file=sys.stderr)
-        response = None
+        print("\n[no connection]", file=sys.stderr)
         failures += 1
         time.sleep(retry)
-    raise ConnectionError("The server can not be reached any more.")
+    raise ConnectionError("The server can not be reached.")
 
 
 def show(chunks):

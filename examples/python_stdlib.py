@@ -12,12 +12,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 
 MOST_FAILURES = 10  # connections in a row that brought nothing new
 SILENCE = 60  # seconds without a sign of life; the server sends a comment every 15
 
 
-def connect(url, headers, body=None):
+def connect(url, headers, body):
     """An open answer. HTTP errors raise urllib.error.HTTPError."""
     return urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=SILENCE)
 
@@ -38,15 +39,15 @@ def read_events(response):
 
 
 def execute(server, request):
-    """Starts an execution and yields its chunks, each once and in order, over as many connections as it takes."""
+    """Runs the request once and yields its chunks, each once and in order, over as many connections as it takes."""
+    address = server + "/api/workflows/execute/stream"
     body = json.dumps(request).encode()
-    response = connect(server + "/api/workflows/execute/stream", {"Content-Type": "application/json"}, body)
-    stream = server + response.headers["Location"]
-    headers, retry, failures = {}, 1.0, 0
+    # What makes the request safe to repeat: the key until the first event is there, then the id of the last one.
+    headers = {"Content-Type": "application/json", "Idempotency-Key": str(uuid.uuid4())}
+    retry, failures = 1.0, 0
     while failures < MOST_FAILURES:
         try:
-            if response is None:
-                response = connect(stream, headers)
+            response = connect(address, headers, body)
             if response.status == 204:
                 return  # nothing comes after the last event
             with response:
@@ -63,11 +64,10 @@ def execute(server, request):
                 raise
         except (OSError, http.client.HTTPException):
             pass  # the connection broke, or there was none
-        print("\n[connection lost]", file=sys.stderr)
-        response = None
+        print("\n[no connection]", file=sys.stderr)
         failures += 1
         time.sleep(retry)
-    raise ConnectionError("The server can not be reached any more.")
+    raise ConnectionError("The server can not be reached.")
 
 
 def show(chunks):

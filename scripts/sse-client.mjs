@@ -14,6 +14,9 @@ export class Client {
     this.timeoutMs = timeoutMs;
     this.url = url.replace(/\/+$/, '');
     this.signal = signal;
+    /** @type {Set<AbortController>} of answers that may be under way */
+    this.limits = new Set();
+    signal.addEventListener('abort', () => this.limits.forEach((limit) => limit.abort(signal.reason)));
   }
 
   /**
@@ -32,16 +35,24 @@ export class Client {
             body: typeof body === 'string' ? body : JSON.stringify(body),
           };
     try {
-      return await fetch(this.url + path, {
-        method,
-        ...json,
-        signal: AbortSignal.any([this.signal, AbortSignal.timeout(this.timeoutMs)]),
-      });
+      return await fetch(this.url + path, { method, ...json, signal: this.limit() });
     } catch (error) {
       this.signal.throwIfAborted();
       const reason = error.cause?.code ?? error.cause?.message ?? error.message;
       throw new UnreachableError(`No answer from ${this.url} (${reason}).`, { cause: error });
     }
+  }
+
+  /** For one answer. Node.js 20 may forget a signal of `AbortSignal.any` as garbage, and the time-out with it. */
+  limit() {
+    const limit = new AbortController();
+    this.limits.add(limit);
+    setTimeout(() => {
+      this.limits.delete(limit);
+      limit.abort(new Error(`the answer has not ended after ${this.timeoutMs} ms`));
+    }, this.timeoutMs).unref();
+    if (this.signal.aborted) limit.abort(this.signal.reason);
+    return limit.signal;
   }
 
   /**

@@ -9,12 +9,15 @@ import { parseArgs } from 'node:util';
 import { Client, UnreachableError } from './sse-client.mjs';
 import {
   checkAsync,
+  checkCancel,
   checkExecute,
   checkFailure,
   checkProgressChunks,
   checkResume,
   checkStream,
 } from './verify/executions.mjs';
+import { checkIdempotencyKeys, checkRepeatedPost } from './verify/repeated-requests.mjs';
+import { checkStatusEvents } from './verify/status-events.mjs';
 import { checkProblem, UUID } from './verify/stream-rules.mjs';
 import { Verification } from './verify/verification.mjs';
 
@@ -49,9 +52,13 @@ async function verify(verification) {
   const response = await checkExecute(verification);
   const stream = await checkStream(verification, response);
   if (stream) await checkResume(verification, stream);
+  if (stream) await checkRepeatedPost(verification, stream);
+  await checkIdempotencyKeys(verification);
   await checkProgressChunks(verification);
   await checkFailure(verification);
   await checkAsync(verification);
+  await checkCancel(verification);
+  await checkStatusEvents(verification);
   await checkRecords(verification);
   await checkStop(verification);
 }
@@ -71,15 +78,14 @@ async function checkServer({ check, get, client }) {
     assert.match(await get('/api/docs'), /<html/i);
   });
   await check(
-    'pages of other origins can resume: they may read the headers and send the cursor',
+    'pages of other origins can repeat and resume: they may send the key and the cursor, and read the headers',
     async () => {
       const headers = { origin: 'http://example.com', 'access-control-request-method': 'POST' };
       const preflight = await client.send('OPTIONS', '/api/workflows/execute/stream', { headers });
       const list = (name) => (preflight.headers.get(name) ?? '').toLowerCase().split(/, */);
-      assert.ok(
-        list('access-control-allow-headers').includes('last-event-id'),
-        'Last-Event-ID is not allowed',
-      );
+      for (const header of ['idempotency-key', 'last-event-id']) {
+        assert.ok(list('access-control-allow-headers').includes(header), `${header} is not allowed`);
+      }
       for (const header of ['location', 'content-location']) {
         assert.ok(list('access-control-expose-headers').includes(header), `${header} is not exposed`);
       }
@@ -180,18 +186,18 @@ async function checkRecords({ executionIds, check, get, name }) {
   await check('the statistics count exactly these executions', async () => {
     const sum = (items, field) => items.reduce((total, item) => total + item[field], 0);
     const statistics = await get(`/api/deployments/${name}/statistics?bucket=minute`);
-    const failed = executions.filter(({ status }) => status === 'error').length;
+    const countOf = (end) => executions.filter(({ status }) => status === end).length;
     const counts = {
       execution_count: expected.length,
-      success_count: expected.length - failed,
-      error_count: failed,
-      cancelled_count: 0,
+      success_count: countOf('completed'),
+      error_count: countOf('error'),
+      cancelled_count: countOf('cancelled'),
     };
     for (const [field, count] of Object.entries(counts)) {
       assert.equal(statistics[field], count, `${field} is ${statistics[field]}, and ${count} were`);
       assert.equal(sum(statistics.series, field), count, `${field} of the time series differs`);
     }
-    assert.equal(statistics.error_rate, failed / expected.length);
+    assert.equal(statistics.error_rate, counts.error_count / expected.length);
     const usage = executions.map((execution) => execution.usage);
     assert.deepEqual(statistics.usage, {
       input_tokens: sum(usage, 'input_tokens'),

@@ -69,6 +69,15 @@ function readFrame(block, isFirst) {
 }
 
 /**
+ * The events of a stream that was read to its end, as they were sent.
+ * @param {{status: number, headers: Headers, bytes: Uint8Array}} answer
+ */
+export function readEventsOf(answer) {
+  checkStreamHeaders(answer);
+  return readFrames(answer.bytes).map(({ id, data }) => ({ id, data }));
+}
+
+/**
  * @param {Record<string, any>} chunk
  * @param {Origin} origin
  * @param {{progress?: boolean}} [options] whether progress was asked for

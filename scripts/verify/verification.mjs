@@ -54,12 +54,14 @@ export class Verification {
   };
 
   /** Runs the deployment with the query, in the way of the route's end; the answer's body as `body` and `bytes`. */
-  execute = async (way, more = {}) => {
+  execute = async (way, more = {}, headers = {}) => {
     const answer = await this.stream('POST', `/api/workflows/execute${way}`, {
       body: { deployment_name: this.name, query: QUERY, chat_history: HISTORY, ...more },
+      headers,
     });
     const execution_id = answer.headers.get('content-location')?.split('/').at(-1);
-    if (execution_id) this.executionIds.push(execution_id);
+    // A repeated request gets an execution that is there already.
+    if (execution_id && !this.executionIds.includes(execution_id)) this.executionIds.push(execution_id);
     return answer;
   };
 

@@ -151,6 +151,27 @@ describe.each(EXAMPLES)('examples/$name', ({ name, run, missing }) => {
     }
   });
 
+  test('runs once though the connection breaks before the answers to its first requests come', async () => {
+    // Chromium repeats a request by itself where a connection that it used before breaks; here it has to do it twice.
+    const proxy = await startSseProxy(app.url, { losesHeaders: (stream) => stream < 2 });
+    const before = (await listExecutions()).map(({ execution_id }) => execution_id);
+    try {
+      const { text, status, succeeded } = await run({ server: proxy.url });
+
+      const [execution, ...others] = await listExecutions();
+      expect(others.map(({ execution_id }) => execution_id)).toEqual(before);
+      expect(text).toBe(execution?.response);
+      expect(text).toContain(QUERY);
+      expect({ status, succeeded }).toMatchObject({ succeeded: true });
+      const [first, ...repeated] = proxy.streams;
+      expect(first?.path).toBe('/api/workflows/execute/stream');
+      expect(first?.idempotencyKey).toMatch(/^[0-9a-f-]{24,}$/);
+      expect(repeated).toEqual([first, first]);
+    } finally {
+      await proxy.close();
+    }
+  });
+
   test('does not show twice what an agent said before it began again, and fails as its execution does', async () => {
     const { port } = scripted.address() as AddressInfo;
     const { text, status, succeeded } = await run({ server: `http://127.0.0.1:${port}` });
@@ -181,7 +202,7 @@ const SCRIPT = [
   .map((chunk, index) => `id: x:${index + 1}\ndata: ${JSON.stringify({ ...chunk, sequence: index + 1 })}\n\n`)
   .join('');
 
-async function listExecutions(): Promise<{ response: string }[]> {
+async function listExecutions(): Promise<{ execution_id: string; response: string }[]> {
   const answer = await fetch(`${app.url}/api/executions`);
-  return ((await answer.json()) as { items: { response: string }[] }).items;
+  return ((await answer.json()) as { items: { execution_id: string; response: string }[] }).items;
 }

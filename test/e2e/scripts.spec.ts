@@ -10,7 +10,7 @@ import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
 import { serversBelow } from '../support/server-processes.js';
 import { runProgram, startSseProxy } from '../support/sse.js';
-import type { StreamFault } from '../support/sse.js';
+import type { ForwardedRequest, StreamFault } from '../support/sse.js';
 
 const repository = join(import.meta.dirname, '../..');
 const verify = (url: string) =>
@@ -79,19 +79,64 @@ describe('npm run verify', () => {
     ['changes the text', text, { rewrite: (stream) => stream.replaceAll('offline', 'of fline') }],
     ['allows a cache to transform', headers, { headers: { 'cache-control': 'no-cache' } }],
     ['may be buffered by nginx', headers, { headers: { 'x-accel-buffering': 'yes' } }],
-  ])('notices a server that %s', async (_fault, promise, fault) => {
+  ])('notices a server that %s', (_fault, promise, fault) => expectNoticed([promise], fault));
+
+  const runsOnce = 'the same key and body get the same execution in all three ways, and it runs once';
+  const reused = 'another body with that key is refused with 422, and runs nothing';
+  const badKey = 'a key that is empty, too long or no plain text is refused with 400, and runs nothing';
+  const repeated = 'a POST repeated with Last-Event-ID goes on with the same bytes, and runs nothing';
+  const nothingMore = 'a POST repeated after the last event is answered with 204, and runs nothing';
+  const otherQuery =
+    'a POST with the last event of another query, or with no such event, runs nothing: 400 or 404';
+  const cancelled = 'a cancellation that races the end is kept or refused, never acknowledged and ignored';
+  const snapshot = 'the status stream of a deployment begins with a snapshot';
+  const changes = 'a status stream tells each change once and in order, under numbers that ascend';
+  const missed = 'a status stream goes on after any event, with the same bytes and no snapshot';
+  const badCursor = 'a status cursor that is no number is refused with 400, an unknown deployment with 404';
+
+  it.each<[string, string[], StreamFault]>([
+    ['pays no heed to the key', [runsOnce, reused, badKey], { request: without('idempotency-key') }],
+    [
+      'pays no heed to the last event',
+      [repeated, nothingMore, otherQuery, missed, badCursor],
+      { request: without('last-event-id') },
+    ],
+    ['ignores a cancellation', [cancelled], { request: ignoreCancellation }],
+    [
+      'counts wrongly in its snapshot',
+      [snapshot],
+      { rewriteStatus: (text) => text.replace('"queued":0', '"queued":1') },
+    ],
+    [
+      'tells a change twice',
+      [changes],
+      { rewriteStatus: blocks((all) => all.flatMap((block) => (isRunning(block) ? [block, block] : block))) },
+    ],
+    [
+      'does not tell a change',
+      [changes],
+      { rewriteStatus: blocks((all) => all.filter((block) => !isRunning(block))) },
+    ],
+    [
+      'numbers its changes backwards',
+      [changes],
+      { rewriteStatus: (text) => text.replaceAll(/^id: |(?<="sequence":)/gm, '$&-') },
+    ],
+  ])('notices a server that %s', (_fault, promises, fault) => expectNoticed(promises, fault));
+
+  async function expectNoticed(promises: string[], fault: StreamFault): Promise<void> {
     const proxy = await startSseProxy(app.url, fault);
     try {
       const { code, stdout } = await verify(proxy.url);
 
-      expect(stdout).toContain(`FAILED  ${promise}`);
+      for (const promise of promises) expect(stdout).toContain(`FAILED  ${promise}\n`);
       expect(stdout).toMatch(/\n\d+ held, [1-9]\d* failed\n$/);
       expect(code).toBe(1);
     } finally {
       await proxy.close();
     }
     await expectNothingLeft();
-  });
+  }
 
   it('says how to go on where there is no server', async () => {
     const server = createServer().listen(0, '127.0.0.1');
@@ -165,6 +210,21 @@ function blocks(change: (blocks: string[]) => string[]): (stream: string) => str
       .map((block) => `${block}\n\n`)
       .join('');
   };
+}
+
+const isRunning = (block: string) => block.includes('"status":"running"');
+
+function without(header: string): (request: ForwardedRequest) => void {
+  return ({ headers }) => {
+    delete headers[header];
+  };
+}
+
+/** Answers with the execution, and does nothing else. */
+function ignoreCancellation(request: ForwardedRequest): void {
+  if (!request.path.endsWith('/cancel')) return;
+  request.method = 'GET';
+  request.path = request.path.slice(0, -'/cancel'.length);
 }
 
 /** The demo starts what `nest build` made; `npm test` has just done that. */

@@ -7,21 +7,34 @@ import { setImmediate as nextTurn } from 'node:timers/promises';
 
 const PROGRAM_TIMEOUT_MS = 50_000;
 
+/** A request as it is sent on. */
+export interface ForwardedRequest {
+  method: string;
+  path: string;
+  headers: IncomingHttpHeaders;
+}
+
 /** What a proxy does to the event streams that go through it; everything else passes as it is. */
 export interface StreamFault {
+  /** Changes any request before it is sent on. */
+  request?: (request: ForwardedRequest) => void;
+  /** Breaks the client's connection when the server's answer begins: the n-th stream (the first is 0) loses its headers, too. */
+  losesHeaders?: (stream: number) => boolean;
   /** Bytes that are sent on at once, so that lines and characters arrive in parts. Default: all that is there. */
   pieceSize?: number;
   /** Cuts the n-th stream (the first is 0) before the byte with the index that this gives; none: it passes whole. */
   cutAt?: (stream: number, received: Buffer) => number | undefined;
-  /** Changes a whole stream. */
+  /** Changes a whole stream of an execution; those of status changes have no end, and are passed on as they come. */
   rewrite?: (text: string) => string;
+  /** Changes one whole event or more of a stream of status changes. */
+  rewriteStatus?: (text: string) => string;
   headers?: Record<string, string>;
 }
 
 export interface SseProxy {
   url: string;
-  /** The requests that were answered with a stream: what they asked for, and after which event. */
-  streams: { path: string; lastEventId: string | undefined }[];
+  /** The requests that were answered with a stream: what they asked for, after which event, and under which key. */
+  streams: { path: string; lastEventId: string | undefined; idempotencyKey: string | undefined }[];
   /** All requests that were answered, in the order of their answers. */
   answers: { method: string; path: string; status: number }[];
   close(): Promise<void>;
@@ -33,18 +46,29 @@ export async function startSseProxy(target: string, fault: StreamFault): Promise
   const answers: SseProxy['answers'] = [];
   const server = createServer((incoming, outgoing) => {
     const { method = '', url = '', headers } = incoming;
-    const forwarded = request(new URL(url, target), { method, headers, agent: false });
+    const sent: ForwardedRequest = { method, path: url, headers: { ...headers } };
+    fault.request?.(sent);
+    const address = new URL(sent.path, target);
+    const forwarded = request(address, { method: sent.method, headers: sent.headers, agent: false });
     forwarded.on('error', () => outgoing.destroy());
     forwarded.on('response', (answer) => {
       const { statusCode = 502 } = answer;
       answers.push({ method, path: url, status: statusCode });
       const isStream = answer.headers['content-type']?.startsWith('text/event-stream');
+      const index = isStream ? streams.push({ path: url, ...repetitionOf(headers) }) - 1 : -1;
+      if (isStream && fault.losesHeaders?.(index)) {
+        answer.destroy();
+        return void outgoing.destroy();
+      }
       outgoing.writeHead(statusCode, { ...answer.headers, ...(isStream ? fault.headers : {}) });
       if (!isStream) return void answer.pipe(outgoing);
       outgoing.flushHeaders();
-      const index = streams.push({ path: url, lastEventId: lastEventIdOf(headers) }) - 1;
+      outgoing.on('close', () => answer.destroy());
+      const passed = url.includes('/events')
+        ? passStatuses(answer, outgoing, fault.rewriteStatus)
+        : pass(answer, outgoing, { fault, index });
       // Where one side has gone, the other one goes, too.
-      pass(answer, outgoing, { fault, index }).catch(() => outgoing.destroy());
+      passed.catch(() => outgoing.destroy());
     });
     incoming.pipe(forwarded);
   });
@@ -59,9 +83,10 @@ export async function startSseProxy(target: string, fault: StreamFault): Promise
   return { url: `http://127.0.0.1:${port}`, streams, answers, close };
 }
 
-function lastEventIdOf(headers: IncomingHttpHeaders): string | undefined {
-  const value = headers['last-event-id'];
-  return typeof value === 'string' ? value : undefined;
+/** What tells a repeated request from a new one. */
+function repetitionOf(headers: IncomingHttpHeaders) {
+  const [lastEventId, idempotencyKey] = ['last-event-id', 'idempotency-key'].map((name) => headers[name]);
+  return { lastEventId: lastEventId?.toString(), idempotencyKey: idempotencyKey?.toString() };
 }
 
 async function pass(
@@ -70,7 +95,6 @@ async function pass(
   { fault, index }: { fault: StreamFault; index: number },
 ): Promise<void> {
   const { pieceSize = Infinity, cutAt, rewrite } = fault;
-  outgoing.on('close', () => answer.destroy());
   let received = Buffer.alloc(0);
   let sent = 0;
   for await (const data of answer as AsyncIterable<Buffer>) {
@@ -86,6 +110,22 @@ async function pass(
     if (cut !== undefined) return void outgoing.destroy();
   }
   outgoing.end(rewrite?.(received.toString()));
+}
+
+async function passStatuses(
+  answer: IncomingMessage,
+  outgoing: ServerResponse,
+  rewrite: (text: string) => string = (text) => text,
+): Promise<void> {
+  let received = '';
+  for await (const text of answer.setEncoding('utf8') as AsyncIterable<string>) {
+    received += text;
+    const end = received.lastIndexOf('\n\n') + 2;
+    if (end < 2) continue;
+    outgoing.write(rewrite(received.slice(0, end)));
+    received = received.slice(end);
+  }
+  outgoing.end();
 }
 
 /** What a program printed and how it ended. */
