@@ -31,6 +31,9 @@ export class LogNotifier {
   private readonly session: SessionConnection;
   private readonly pool: Pool;
   private readonly subscriptions: LogSubscriptions;
+  private readonly unsent = new Map<string, number>();
+  private mustGreet = false;
+  private sending: Promise<void> | undefined;
   private beat: NodeJS.Timeout | undefined;
   private stopped = false;
 
@@ -52,7 +55,7 @@ export class LogNotifier {
 
   async start(): Promise<void> {
     await this.session.connected();
-    await this.send(['']);
+    await this.greet();
     this.scheduleBeat();
   }
 
@@ -65,20 +68,36 @@ export class LogNotifier {
   /** Tells the other processes, if there are any, how far some logs go. It does not wait, and a failure is made up for. */
   announce(positions: LogPosition[]): void {
     if (positions.length === 0 || !this.hasPeers()) return;
-    const payloads: string[] = [];
-    for (let start = 0; start < positions.length; start += POSITIONS_PER_PAYLOAD) {
-      const some = positions.slice(start, start + POSITIONS_PER_PAYLOAD);
-      payloads.push(some.map(({ executionId, last }) => `${executionId}:${last}`).join());
-    }
-    this.send(payloads).catch((error: unknown) => this.logger.debug(error));
+    for (const { executionId, last } of positions) this.unsent.set(executionId, last);
+    this.send().catch((error: unknown) => this.logger.debug(error));
   }
 
-  private async send(payloads: string[]): Promise<void> {
-    await this.session.query({
-      name: 'event-log-notify',
-      text: `SELECT pg_notify('${CHANNEL}', payload) FROM unnest($1::text[]) AS payload`,
-      values: [payloads.map((payload) => `${this.self} ${payload}`)],
-    });
+  private greet(): Promise<void> {
+    this.mustGreet = true;
+    return this.send();
+  }
+
+  /** One statement at a time: what comes meanwhile goes into the next one. */
+  private send(): Promise<void> {
+    this.sending ??= this.sendAll().finally(() => (this.sending = undefined));
+    return this.sending;
+  }
+
+  private async sendAll(): Promise<void> {
+    while (this.mustGreet || this.unsent.size > 0) {
+      const payloads = this.mustGreet ? [''] : [];
+      const positions = [...this.unsent].map(([executionId, last]) => `${executionId}:${last}`);
+      for (let start = 0; start < positions.length; start += POSITIONS_PER_PAYLOAD) {
+        payloads.push(positions.slice(start, start + POSITIONS_PER_PAYLOAD).join());
+      }
+      this.mustGreet = false;
+      this.unsent.clear();
+      await this.session.query({
+        name: 'event-log-notify',
+        text: `SELECT pg_notify('${CHANNEL}', payload) FROM unnest($1::text[]) AS payload`,
+        values: [payloads.map((payload) => `${this.self} ${payload}`)],
+      });
+    }
   }
 
   private receive({ payload = '' }: Notification): void {
@@ -88,7 +107,7 @@ export class LogNotifier {
     const isNew = !this.peers.has(sender);
     this.peers.set(sender, Date.now());
     // So that a newcomer does not have to wait for the next beat to learn that it is not alone.
-    if (isNew) this.send(['']).catch((error: unknown) => this.logger.debug(error));
+    if (isNew) this.greet().catch((error: unknown) => this.logger.debug(error));
     if (space === payload.length - 1) return;
     for (const position of payload.slice(space + 1).split(',')) {
       const colon = position.indexOf(':');
@@ -112,7 +131,7 @@ export class LogNotifier {
 
   private async onBeat(): Promise<void> {
     await this.session.connected();
-    await this.send(['']);
+    await this.greet();
     const executionIds = this.subscriptions.executionIds();
     if (executionIds.length === 0) return;
     const { rows } = await this.pool.query<{ execution_id: string; last_sequence: number }>({
