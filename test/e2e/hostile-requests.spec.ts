@@ -2,6 +2,8 @@ import { request as httpRequest } from 'node:http';
 import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
 import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
+import { createTestDatabase } from '../support/database.js';
+import { ServerProcess } from '../support/studio-process.js';
 import { Studio, echo } from '../support/studio.js';
 
 interface Problem {
@@ -10,6 +12,10 @@ interface Problem {
   detail: string;
   errors?: { pointer: string; detail: string }[];
 }
+
+/** A server that answers nothing for so long stands still; ordinary answers take a thousandth of it. */
+const STALL_MS = 5000;
+const SLOW_TEMPLATE = '{% for i in (1..9999999) %}{% for j in (1..9999999) %}{% endfor %}{% endfor %}';
 
 let server: TestApp;
 let studio: Studio;
@@ -22,24 +28,56 @@ beforeAll(async () => {
 });
 afterAll(() => server.close());
 
-const post = (path: string, body: unknown, headers?: Record<string, string>) =>
-  studio.json<Problem>(path, { method: 'POST', body, headers });
+const post = <Body = Problem>(path: string, body: unknown, headers?: Record<string, string>) =>
+  studio.json<Body>(path, { method: 'POST', body, headers });
+const workflow = (name: string, metadata: unknown) => ({ name, configuration: { ...echo(), metadata } });
+
+type Pair = [source: number, target: number];
+
+/** All pairs of agents of a graph that fit. */
+const pairs = (agents: number, fits: (source: number, target: number) => boolean): Pair[] =>
+  Array.from({ length: agents ** 2 }, (_, index): Pair => [
+    Math.floor(index / agents),
+    index % agents,
+  ]).filter(([source, target]) => fits(source, target));
+
+const graphOf = (agents: number, connections: Pair[]) => ({
+  name: 'graph',
+  configuration: {
+    agents: Array.from({ length: agents }, (_, index) => ({
+      agent_id: `a${index}`,
+      agent_type: 'template',
+      config: { template: 'x' },
+    })),
+    connections: connections.map(([source, target]) => ({
+      source_agent_id: `a${source}`,
+      target_agent_id: `a${target}`,
+    })),
+  },
+});
+
 const nested = (depth: number) => '{"a":'.repeat(depth) + '1' + '}'.repeat(depth);
 
 describe('a request that wants to break the server gets a 4xx that names the fault', () => {
   it.each(['__proto__', 'constructor', 'prototype'])('with the key %s at any depth', async (key) => {
-    for (const variables of [
-      `{"${key}": {"polluted": true}}`,
-      `{"a": [{"b": {"${key}": {"polluted": true}}}]}`,
-    ]) {
-      const body = `{"deployment_name": "${deployment}", "query": "x", "runtime_overrides": {"variables": ${variables}}}`;
-      for (const path of [
-        '/api/workflows/execute',
-        '/api/workflows/execute/stream',
-        '/api/workflows/execute/async',
-      ]) {
-        const answer = await post(path, body);
-        expect(answer.status).toBe(400);
+    const { body } = await post<{ workflow_id: string }>('/api/workflows', workflow('harmless', {}));
+    const hostile = [`{"${key}": {"polluted": true}}`, `{"a": [{"b": {"${key}": {"polluted": true}}}]}`];
+    for (const bad of hostile) {
+      const run = `{"deployment_name": "${deployment}", "query": "x", "runtime_overrides": {"variables": ${bad}}}`;
+      const other = `{"deployment_name": "${deployment}", "query": "x", "runtime_overrides": {"agents": ${bad}}}`;
+      const graph = JSON.stringify(workflow('bad', 'BAD')).replace('"BAD"', bad);
+      const deploying = `{"deployment_name": "bad", "runtime_config": {"variables": ${bad}}}`;
+      const requests: [string, string][] = [
+        ...['', '/stream', '/async'].flatMap((path): [string, string][] => [
+          [`/api/workflows/execute${path}`, run],
+          [`/api/workflows/execute${path}`, other],
+        ]),
+        ['/api/workflows', graph],
+        [`/api/workflows/${body.workflow_id}/deploy`, deploying],
+      ];
+      for (const [path, request] of requests) {
+        const answer = await post(path, request);
+        expect(answer).toMatchObject({ status: 400, body: { code: 'validation_failed' } });
         expect(answer.body.errors?.[0]?.pointer).toContain(`/${key}`);
       }
     }
@@ -49,15 +87,17 @@ describe('a request that wants to break the server gets a 4xx that names the fau
   it('with JSON that is nested too deep', async () => {
     for (const depth of [40, 5000, 100_000]) {
       const body = `{"deployment_name": "${deployment}", "query": "x", "runtime_overrides": {"variables": ${nested(depth)}}}`;
-      expect(await post('/api/workflows/execute', body)).toMatchObject({
-        status: 400,
-        body: { code: 'validation_failed' },
-      });
-      const workflow = `{"name": "deep", "configuration": ${nested(depth)}}`;
-      expect(await post('/api/workflows', workflow)).toMatchObject({
-        status: 400,
-        body: { code: 'validation_failed' },
-      });
+      const graph = `{"name": "deep", "configuration": ${nested(depth)}}`;
+      for (const answer of [
+        await post('/api/workflows/execute', body),
+        await post('/api/workflows', graph),
+      ]) {
+        expect(answer).toMatchObject({ status: 400, body: { code: 'validation_failed' } });
+        expect(answer.body.errors?.[0]).toMatchObject({
+          pointer: expect.stringMatching(/(\/a){25}$/),
+          detail: expect.stringContaining('nested deeper'),
+        });
+      }
     }
   });
 
@@ -129,27 +169,20 @@ describe('a request that wants to break the server gets a 4xx that names the fau
     }
   });
 
-  it('with a graph that is huge or has cycles, and answers others meanwhile', async () => {
-    const agents = Array.from({ length: 100 }, (_, index) => ({
-      agent_id: `a${index}`,
-      agent_type: 'template',
-      config: { template: 'x' },
-    }));
-    const connections = Array.from({ length: 5000 }, (_, index) => ({
-      source_agent_id: `a${index % 100}`,
-      target_agent_id: `a${(index * 7 + 1) % 100}`,
-    }));
-    const huge = post('/api/workflows', { name: 'huge', configuration: { agents, connections } });
-    const ring = agents.map(({ agent_id }, index) => ({
-      source_agent_id: agent_id,
-      target_agent_id: `a${(index + 1) % 100}`,
-    }));
-    const cyclic = post('/api/workflows', { name: 'ring', configuration: { agents, connections: ring } });
-    expect((await fetch(`${server.url}/health/live`)).status).toBe(200);
-    expect(await huge).toMatchObject({ status: 422, body: { code: 'workflow_invalid' } });
-    const answer = await cyclic;
-    expect(answer).toMatchObject({ status: 422, body: { code: 'workflow_invalid' } });
-    expect(answer.body.errors?.map(({ detail }) => detail).join()).toMatch(/cycle/i);
+  it('with a graph that is huge or has cycles', async () => {
+    const huge = await post('/api/workflows', graphOf(101, []));
+    expect(huge).toMatchObject({ status: 422, body: { code: 'workflow_invalid' } });
+    expect(huge.body.errors).toMatchObject([{ pointer: '/configuration/agents' }]);
+    const tangled = await post('/api/workflows', graphOf(100, pairs(100, () => true).slice(0, 1001)));
+    expect(tangled).toMatchObject({ status: 422, body: { code: 'workflow_invalid' } });
+    expect(tangled.body.errors).toMatchObject([{ pointer: '/configuration/connections' }]);
+    const everyone = pairs(30, (source, target) => source !== target);
+    const ring = Array.from({ length: 100 }, (_, index): Pair => [index, (index + 1) % 100]);
+    for (const connections of [everyone, ring, [...ring.slice(0, 99), [98, 0] satisfies Pair]]) {
+      const answer = await post('/api/workflows', graphOf(100, connections));
+      expect(answer).toMatchObject({ status: 422, body: { code: 'workflow_invalid' } });
+      expect(answer.body.errors?.map(({ detail }) => detail).join()).toMatch(/in a cycle: a\d+ ->/);
+    }
   });
 
   it('with addresses that are no ids', async () => {
@@ -224,4 +257,62 @@ it('an unknown deployment and an inactive one are told apart before the stream s
   const inactive = await post('/api/workflows/execute/stream', { deployment_name: stopped, query: 'x' });
   expect(inactive).toMatchObject({ status: 404, body: { code: 'deployment_not_found' } });
   expect(inactive.body.detail).not.toBe(unknown.body.detail.replace('nobody', stopped));
+});
+
+it('nothing that is sent holds up the server for the others', async () => {
+  const database = await createTestDatabase();
+  // A process of its own: a test can't see its own process stand still.
+  const outside = await ServerProcess.start({ DATABASE_URL: database.url });
+  const client = new Studio(outside.url);
+  const send = (body: unknown, path = '/api/workflows') => client.json(path, { method: 'POST', body });
+  try {
+    const slow = await client.deploy({
+      agents: [{ agent_id: 'a', agent_type: 'template', config: { template: SLOW_TEMPLATE } }],
+    });
+    const deciding = await client.deploy({
+      ...graphOf(2, []).configuration,
+      connections: [
+        {
+          source_agent_id: 'a0',
+          target_agent_id: 'a1',
+          connection_type: 'conditional',
+          conditions: { expression: 'query.matches("^(a+)+$")' },
+        },
+      ],
+    });
+    const runs = [slow, deciding].map((deployment_name) => ({
+      deployment_name,
+      query: `${'a'.repeat(40)}!`,
+    }));
+    let answered = false;
+    const hostile = Promise.all([
+      ...runs.map((body) => send(body, '/api/workflows/execute')),
+      send(
+        graphOf(
+          45,
+          pairs(45, (source, target) => source < target),
+        ),
+      ),
+      send(
+        graphOf(
+          31,
+          pairs(31, (source, target) => source !== target),
+        ),
+      ),
+      send(`{"name": "deep", "configuration": ${nested(150_000)}}`),
+      send(`{"name": "wide", "configuration": {"agents": [${'[],'.repeat(300_000)}1]}}`),
+      send(`{"name": "wide", "configuration": {"agents": [${'{"__proto__":1},'.repeat(60_000)}1]}}`),
+      send({ name: 'faults', configuration: { agents: Array(100).fill({ agent_id: '' }), connections: [] } }),
+    ]).finally(() => (answered = true));
+    for (let probes = 0; !answered || probes < 3; probes++) {
+      const answer = await fetch(`${outside.url}/health/live`, { signal: AbortSignal.timeout(STALL_MS) });
+      expect(answer.status).toBe(200);
+    }
+    const statuses = (await hostile).map(({ status }) => status);
+    // What an agent may not do is an error of its run; the big graph without a cycle is a good one.
+    expect(statuses).toEqual([502, 502, 201, 422, 400, 422, 400, 422]);
+  } finally {
+    await outside.stop('SIGKILL');
+    await database.drop();
+  }
 });

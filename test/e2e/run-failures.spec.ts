@@ -1,8 +1,9 @@
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from '@jest/globals';
+import type { Chunk } from '../../src/event-log/chunk.js';
 import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
-import { Studio, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
-import type { Frame } from '../support/studio.js';
+import { Studio, echo, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
+import type { EventStream, Frame } from '../support/studio.js';
 import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 import type { UpstreamAnswer } from '../support/upstream.js';
 
@@ -34,8 +35,36 @@ const behaviours: Record<string, UpstreamAnswer> = {
     const timer = setInterval(() => writeStream(response, chatDelta('more ')), 5);
     response.on('close', () => clearInterval(timer));
   },
+  'never-ends-at-full-speed': (response) => {
+    writeStream(response);
+    const say = () => {
+      while (!response.destroyed && response.write(chatDelta('more ')));
+    };
+    response.on('drain', say);
+    say();
+  },
+  'sends-comments-only': (response) => {
+    const timer = setInterval(() => writeStream(response, ': wait\n\n'), 20);
+    response.on('close', () => clearInterval(timer));
+  },
+  'busy-for-1-s': (response) => {
+    if (busyCalls.push(performance.now()) === 1) return response.writeHead(429, { 'retry-after': '1' }).end();
+    writeStream(response, chatDelta('fine'), chatEnd());
+    return response.end();
+  },
+  'busy-for-30-s': (response) => response.writeHead(429, { 'retry-after': '30' }).end(),
+  'busy-for-an-hour': (response) => response.writeHead(429, { 'retry-after': '3600' }).end(),
 };
 
+/** When the upstream was asked that is busy for a second. */
+const busyCalls: number[] = [];
+/** Only ends a test that hangs. */
+const HANG_MS = 20_000;
+/** The longest silence of an upstream that is waited for, and how much later the terminal chunk may come. */
+const SILENCE_MS = 1000;
+const DELAY_MS = 2000;
+/** Every execution that ran here. */
+const ended: { id: string; frames: Frame[] }[] = [];
 let upstream: Upstream;
 let server: TestApp;
 let studio: Studio;
@@ -47,7 +76,7 @@ beforeAll(async () => {
     writeStream(response, chatDelta('fine'), chatEnd());
     return response.end();
   });
-  const provider = { type: 'openai-compatible', base_url: upstream.url, timeout_ms: 1000 };
+  const provider = { type: 'openai-compatible', base_url: upstream.url, timeout_ms: SILENCE_MS };
   const locked = { type: 'openai', api_key_env: 'NOT_SET_ANYWHERE', base_url: upstream.url };
   server = await startTestApp({ MODEL_PROVIDERS: JSON.stringify({ upstream: provider, locked }) });
   studio = new Studio(server.url);
@@ -57,10 +86,24 @@ afterAll(async () => {
   await upstream.stop();
 });
 
+/** Streams to the end. */
 async function run(deployment: string, body: object = {}): Promise<{ id: string; frames: Frame[] }> {
-  const stream = await studio.stream({ deployment_name: deployment, query: 'x', ...body });
-  return { id: stream.executionId, frames: await stream.frames() };
+  const signal = AbortSignal.timeout(HANG_MS);
+  return endOf(await studio.stream({ deployment_name: deployment, query: 'x', ...body }, { signal }));
 }
+
+async function endOf(stream: EventStream): Promise<{ id: string; frames: Frame[] }> {
+  const execution = { id: stream.executionId, frames: await stream.frames() };
+  ended.push(execution);
+  expect(faultsOfStream(execution.frames, execution.id)).toEqual([]);
+  return execution;
+}
+
+const last = (frames: Frame[]) => frames.at(-1)?.chunk;
+
+/** How long an execution took, in ms. */
+const durationOf = async (id: string) =>
+  (await studio.json<{ duration_ms: number }>(`/api/executions/${id}`)).body.duration_ms;
 
 describe('a terminal chunk comes exactly once and last', () => {
   const cases: [string, string, { text: string; code: string }][] = [
@@ -71,6 +114,11 @@ describe('a terminal chunk comes exactly once and last', () => {
       'resets-mid-chunk',
       { text: 'word', code: 'model_error' },
     ],
+    [
+      'the upstream sends signs of life and nothing else',
+      'sends-comments-only',
+      { text: '', code: 'timeout' },
+    ],
     ['the upstream answers 429', 'answers-429', { text: '', code: 'model_error' }],
     ['the upstream refuses the key', 'answers-401', { text: '', code: 'model_error' }],
     ['the upstream sends half a JSON', 'half-json', { text: 'word', code: 'model_error' }],
@@ -79,94 +127,190 @@ describe('a terminal chunk comes exactly once and last', () => {
   it.each(cases)('when %s', async (_name, model, expected) => {
     const deployment = await studio.deploy(upstreamAgent({ model: `upstream/${model}` }));
     const { id, frames } = await run(deployment);
-    expect(faultsOfStream(frames, id)).toEqual([]);
     expect(textOf(frames)).toBe(expected.text);
-    const last = frames.at(-1)?.chunk;
-    expect(last).toMatchObject({ type: 'status', status: 'error', code: expected.code });
-    expect(last?.error).toMatch(/\w/);
+    expect(last(frames)).toMatchObject({ type: 'status', status: 'error', code: expected.code });
+    expect(last(frames)?.error).toMatch(/\w/);
     expect(JSON.stringify(frames)).not.toMatch(/secret|at .*\.[jt]s:/);
     const { body } = await studio.json(`/api/executions/${id}`);
     expect(body).toMatchObject({ status: 'error', response: expected.text, error: { code: expected.code } });
+    expect(await durationOf(id)).toBeLessThan(SILENCE_MS + DELAY_MS);
   });
 
-  it('when the upstream never ends, at the limit of the run', async () => {
-    const deployment = await studio.deploy(upstreamAgent({ model: 'upstream/never-ends' }), { timeout: 0.5 });
-    const { id, frames } = await run(deployment);
-    expect(faultsOfStream(frames, id)).toEqual([]);
-    expect(frames.at(-1)?.chunk).toMatchObject({ status: 'error', code: 'timeout' });
-    expect(textOf(frames)).toMatch(/^(more )+$/);
-    await until(() => upstream.openConnections === 0 || undefined);
-  });
+  it.each(['never-ends', 'never-ends-at-full-speed'])(
+    'when the upstream %s, at the limit of the run',
+    async (model) => {
+      const deployment = await studio.deploy(upstreamAgent({ model: `upstream/${model}` }), { timeout: 0.5 });
+      const { id, frames } = await run(deployment);
+      expect(last(frames)).toMatchObject({ status: 'error', code: 'timeout' });
+      expect(textOf(frames)).toMatch(/^(more )+$/);
+      expect(await durationOf(id)).toBeLessThan(500 + DELAY_MS);
+      expect(await upstream.requests.at(-1)?.closed).toBe(true);
+    },
+  );
 
   it('when the request asks for a shorter limit than the deployment', async () => {
     const deployment = await studio.deploy(upstreamAgent({ model: 'upstream/hangs' }), { timeout: 600 });
     const { frames } = await run(deployment, { runtime_overrides: { timeout: 0.2 } });
-    expect(frames.at(-1)?.chunk).toMatchObject({ status: 'error', code: 'timeout' });
+    expect(last(frames)).toMatchObject({ status: 'error', code: 'timeout' });
+  });
+
+  it('when the upstream is busy: after the wait that it asks for, if that is within the limits', async () => {
+    const busy = (model: string) => upstreamAgent({ model: `upstream/${model}`, max_retries: 1 });
+    const patient = await run(await studio.deploy(busy('busy-for-1-s')));
+    expect(last(patient.frames)?.status).toBe('completed');
+    const [first = 0, second = 0, ...more] = busyCalls;
+    expect(second - first).toBeGreaterThan(990); // a timer may be a little early
+    expect(more).toEqual([]);
+
+    const limited = await run(await studio.deploy(busy('busy-for-30-s'), { timeout: 0.5 }));
+    expect(last(limited.frames)).toMatchObject({ status: 'error', code: 'timeout' });
+    expect(await durationOf(limited.id)).toBeLessThan(500 + DELAY_MS);
+    const endless = await run(await studio.deploy(busy('busy-for-an-hour')));
+    expect(last(endless.frames)).toMatchObject({ status: 'error', code: 'model_error' });
+    expect(await durationOf(endless.id)).toBeLessThan(DELAY_MS);
+  });
+
+  it('when the limit is over at once', async () => {
+    const deployment = await studio.deploy(upstreamAgent({ model: 'upstream/hangs' }), {
+      timeout: 0.001,
+    });
+    const { frames } = await run(deployment);
+    expect(frames).toHaveLength(2);
+    expect(last(frames)).toMatchObject({ status: 'error', code: 'timeout' });
   });
 
   it('when the key of the provider is missing, before the first step said anything', async () => {
     const deployment = await studio.deploy(upstreamAgent({ model: 'locked/gpt' }));
-    const { id, frames } = await run(deployment);
-    expect(faultsOfStream(frames, id)).toEqual([]);
-    expect(frames.at(-1)?.chunk).toMatchObject({ status: 'error', code: 'model_not_configured' });
-    expect(frames.at(-1)?.chunk.error).toContain('NOT_SET_ANYWHERE');
+    const { frames } = await run(deployment);
+    expect(last(frames)).toMatchObject({ status: 'error', code: 'model_not_configured' });
+    expect(last(frames)?.error).toContain('NOT_SET_ANYWHERE');
   });
 
-  it('when a provider is gone that the deployment was made with', async () => {
-    const deployment = await studio.deploy(upstreamAgent());
-    const other = await startTestApp({}, server.database);
-    try {
-      const answer = await new Studio(other.url).json<{ code: string }>('/api/workflows/execute/stream', {
-        method: 'POST',
-        body: { deployment_name: deployment, query: 'x' },
-      });
-      expect(answer.status).toBeGreaterThanOrEqual(400);
-      expect(answer.status).toBeLessThan(500);
-      expect(answer.body.code).toMatch(/workflow_invalid|model_not_configured/);
-    } finally {
-      await other.close();
-    }
-  });
-
-  it('when the worker can not run what another process accepted, instead of trying it for ever', async () => {
-    const provider = { type: 'openai-compatible', base_url: upstream.url };
-    const accepting = await startTestApp({
-      ROLE: 'api',
-      MODEL_PROVIDERS: JSON.stringify({ upstream: provider }),
+  it('when an agent fails that others wait for, or beside one that never ends', async () => {
+    const agent = (agent_id: string, model: string) => ({
+      ...upstreamAgent({ model: `upstream/${model}` }).agents[0],
+      agent_id,
     });
-    const worker = await startTestApp({ ROLE: 'worker' }, accepting.database);
-    try {
-      const client = new Studio(accepting.url);
-      const deployment = await client.deploy(upstreamAgent());
-      const stream = await client.stream({ deployment_name: deployment, query: 'x' });
-      const frames = await stream.frames();
-      expect(faultsOfStream(frames, stream.executionId)).toEqual([]);
-      expect(frames.at(-1)?.chunk).toMatchObject({ status: 'error', code: 'workflow_invalid' });
-    } finally {
-      await worker.close();
-      await accepting.close();
-    }
+    const inLine = await studio.deploy({
+      agents: [agent('first', 'half-json'), agent('second', 'fine')],
+      connections: [{ source_agent_id: 'first', target_agent_id: 'second' }],
+    });
+    const { frames } = await run(inLine);
+    expect(frames).toHaveLength(2);
+    expect(last(frames)).toMatchObject({ status: 'error', code: 'model_error' });
+
+    const sideBySide = await studio.deploy({
+      agents: [agent('one', 'never-ends'), agent('other', 'hangs-after-a-word')],
+    });
+    const { id, frames: both } = await run(sideBySide);
+    expect(textOf(both, 'other')).toBe('word');
+    expect(last(both)).toMatchObject({ status: 'error', code: 'timeout' });
+    expect(await durationOf(id)).toBeLessThan(SILENCE_MS + DELAY_MS);
+    expect(await Promise.all(upstream.requests.slice(-2).map(({ closed }) => closed))).toEqual([true, true]);
   });
 
   it('when a template or an expression fails while it runs', async () => {
-    const expression = await studio.deploy({
-      agents: [
-        { agent_id: 'a', agent_type: 'template', config: { template: 'x' } },
-        { agent_id: 'b', agent_type: 'template', config: { template: 'y' } },
-      ],
-      connections: [
-        {
-          source_agent_id: 'a',
-          target_agent_id: 'b',
-          connection_type: 'conditional',
-          conditions: { expression: 'variables.missing == "x"' },
-        },
-      ],
+    const says = (agent_id: string, template: string) => ({
+      agent_id,
+      agent_type: 'template',
+      config: { template },
     });
-    const { id, frames } = await run(expression);
-    expect(faultsOfStream(frames, id)).toEqual([]);
-    expect(frames.at(-1)?.chunk).toMatchObject({ status: 'error', code: 'agent_error' });
+    const failing = {
+      template: { agents: [says('a', '{% for i in (1..9999999) %}{{ i | append: query }}{% endfor %}')] },
+      expression: {
+        agents: [says('a', 'x'), says('b', 'y')],
+        connections: [
+          {
+            source_agent_id: 'a',
+            target_agent_id: 'b',
+            connection_type: 'conditional',
+            conditions: { expression: 'variables.missing == "x"' },
+          },
+        ],
+      },
+    };
+    for (const configuration of Object.values(failing)) {
+      const { frames } = await run(await studio.deploy(configuration));
+      expect(last(frames)).toMatchObject({ status: 'error', code: 'agent_error' });
+    }
   });
+});
+
+describe('a terminal chunk comes before the first step', () => {
+  let accepting: TestApp;
+  let client: Studio;
+
+  beforeEach(async () => {
+    const provider = { type: 'openai-compatible', base_url: upstream.url };
+    const env = { ROLE: 'api', MODEL_PROVIDERS: JSON.stringify({ upstream: provider }) };
+    accepting = await startTestApp(env);
+    client = new Studio(accepting.url);
+  });
+  afterEach(() => accepting.close());
+
+  /** The end of an execution that is accepted here, once there is a worker, who has no provider. */
+  async function endOfAccepted(stream: EventStream): Promise<Chunk | undefined> {
+    const worker = await startTestApp({ ROLE: 'worker' }, accepting.database);
+    try {
+      const { frames } = await endOf(stream);
+      expect(frames).toHaveLength(2);
+      return last(frames);
+    } finally {
+      ended.pop(); // its server goes
+      await worker.close();
+    }
+  }
+
+  const nothing = { agents: [{ agent_id: 'a', agent_type: 'template', config: { template: '' } }] };
+
+  it('when the worker can not run what was accepted, instead of trying it for ever', async () => {
+    const deployment = await client.deploy(upstreamAgent());
+    const stream = await client.stream({ deployment_name: deployment, query: 'x' });
+    expect(await endOfAccepted(stream)).toMatchObject({ status: 'error', code: 'workflow_invalid' });
+  });
+
+  it('when the worker does not know the model that the request asks for', async () => {
+    const deployment = await client.deploy(echo());
+    const runtime_overrides = { model: 'upstream/any' };
+    const stream = await client.stream({ deployment_name: deployment, query: 'x', runtime_overrides });
+    expect(await endOfAccepted(stream)).toMatchObject({ status: 'error', code: 'override_not_allowed' });
+  });
+
+  it('when all workers that took it up have died', async () => {
+    const stream = await client.stream({ deployment_name: await client.deploy(nothing), query: 'x' });
+    await accepting.database.query('UPDATE execution SET attempt = 10');
+    expect(await endOfAccepted(stream)).toMatchObject({ status: 'error', code: 'worker_lost' });
+  });
+
+  it('when many cancel it at the same moment', async () => {
+    const deployment = await client.deploy(nothing);
+    for (let round = 0; round < 20; round++) {
+      const stream = await client.stream({ deployment_name: deployment, query: 'x' });
+      const path = `/api/executions/${stream.executionId}/cancel`;
+      const cancel = () => client.json<object>(path, { method: 'POST' });
+      const answers = await Promise.all(Array.from({ length: 5 }, cancel));
+      expect(answers.map(({ status }) => status)).toEqual([202, 202, 202, 202, 202]);
+      const { frames } = await endOf(stream);
+      ended.pop(); // its server goes
+      expect(frames.map(({ chunk }) => chunk.status)).toEqual(['started', 'cancelled']);
+    }
+  });
+});
+
+it('an execution whose provider is gone is refused before it starts', async () => {
+  const deployment = await studio.deploy(upstreamAgent());
+  const other = await startTestApp({}, server.database);
+  try {
+    const answer = await new Studio(other.url).json<{ code: string }>('/api/workflows/execute/stream', {
+      method: 'POST',
+      body: { deployment_name: deployment, query: 'x' },
+    });
+    expect(answer.status).toBeGreaterThanOrEqual(400);
+    expect(answer.status).toBeLessThan(500);
+    expect(answer.body.code).toMatch(/workflow_invalid|model_not_configured/);
+  } finally {
+    await other.close();
+  }
 });
 
 it('`execute` answers with the status of the error that ended the run', async () => {
@@ -180,4 +324,15 @@ it('`execute` answers with the status of the error that ended the run', async ()
     status: 504,
     body: { code: 'timeout' },
   });
+});
+
+it('nothing has followed any terminal chunk, and nothing is left running', async () => {
+  expect(ended.length).toBeGreaterThan(15);
+  for (const { id, frames } of ended) {
+    const again = await (await studio.follow(id)).frames();
+    expect(again.map(({ data }) => data)).toEqual(frames.map(({ data }) => data));
+    expect((await studio.follow(id, frames.length)).status).toBe(204);
+  }
+  await until(async () => (await studio.metric('agent_studio_executions_running')) === 0);
+  await Promise.all(upstream.requests.map(({ closed }) => closed));
 });

@@ -1,4 +1,6 @@
 import { createHash } from 'node:crypto';
+import type { ServerResponse } from 'node:http';
+import { setImmediate as nextTurn } from 'node:timers/promises';
 import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
 import { startTestApp } from '../support/app.js';
 import { createTestDatabase } from '../support/database.js';
@@ -8,8 +10,45 @@ import { Studio, echo, faultsOfStream, textOf, until, upstreamAgent } from '../s
 import type { Frame } from '../support/studio.js';
 import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 
+/** Only ends a test that hangs. */
+const HANG_MS = 30_000;
+
+/** An answer of the upstream that a test lets out piece by piece. */
+class HeldUpstream {
+  private said = 0;
+  private allowed = 0;
+  private wake = () => {};
+  private heard = () => {};
+  private closed = false;
+
+  constructor(private readonly deltas: string[]) {}
+
+  /** Allows so many pieces, and resolves when the upstream has said them, or when nobody listens any more. */
+  async sayUpTo(count: number): Promise<void> {
+    this.allowed = count;
+    this.wake();
+    while (this.said < count && !this.closed) await new Promise<void>((resolve) => (this.heard = resolve));
+  }
+
+  async answer(response: ServerResponse): Promise<void> {
+    response.on('close', () => {
+      this.closed = true;
+      this.heard();
+    });
+    for (const delta of this.deltas) {
+      while (this.said === this.allowed) await new Promise<void>((resolve) => (this.wake = resolve));
+      writeStream(response, chatDelta(delta));
+      this.said++;
+      this.heard();
+      await nextTurn();
+    }
+    response.end(chatEnd());
+  }
+}
+
 /** What the upstream answers with, by the query that it is asked. */
 const answers = new Map<string, string[]>();
+const holding = new Map<string, HeldUpstream>();
 let upstream: Upstream;
 let server: TestApp;
 let studio: Studio;
@@ -17,9 +56,12 @@ let studio: Studio;
 beforeAll(async () => {
   upstream = await Upstream.start((response, { body }) => {
     const messages = body.messages as { content: string }[];
-    const deltas = answers.get(messages.at(-1)?.content ?? '') ?? ['nothing'];
+    const query = messages.at(-1)?.content ?? '';
+    const held = holding.get(query);
+    if (held) return held.answer(response);
+    const deltas = answers.get(query) ?? ['nothing'];
     writeStream(response, ...deltas.map(chatDelta), chatEnd());
-    response.end();
+    return response.end();
   });
   const provider = { type: 'openai-compatible', base_url: upstream.url };
   server = await startTestApp({ MODEL_PROVIDERS: JSON.stringify({ upstream: provider }) });
@@ -38,6 +80,9 @@ async function whole(
   const frames = await stream.frames();
   return { id: stream.executionId, frames, raw: stream.raw };
 }
+
+/** The events of a stream as they came, without the `retry` that each connection begins with. */
+const eventsOf = (raw: string) => raw.replace('retry: 1000\n', '').split(/(?<=\n\n)/);
 
 describe('a stream', () => {
   it('begins with `started` and sequence 1, also when many begin at the same moment', async () => {
@@ -65,100 +110,111 @@ describe('a stream', () => {
     expect(textOf(frames)).toContain(query);
   });
 
-  it('goes on without a gap or a repeat from every cut point', async () => {
+  it('goes on from every cut point, byte for byte', async () => {
     const deployment = await studio.deploy(upstreamAgent());
     answers.set(
       '200',
       Array.from({ length: 198 }, (_, index) => `token ${index}, `),
     );
-    const { id, frames } = await whole(deployment, '200');
+    const { id, frames, raw } = await whole(deployment, '200');
     expect(frames).toHaveLength(200);
-    const lines = frames.map(({ data }) => data);
-    const cutPoints = Array.from({ length: 199 }, (_, index) => index + 1);
-    const rests = await Promise.all(cutPoints.map(async (cut) => (await studio.follow(id, cut)).frames()));
-    rests.forEach((rest, index) => {
-      expect([...lines.slice(0, cutPoints[index]), ...rest.map(({ data }) => data)]).toEqual(lines);
-    });
+    const events = eventsOf(raw);
+    const rests = await Promise.all(
+      events.slice(1).map(async (_, index) => {
+        const rest = await studio.follow(id, index + 1);
+        await rest.frames();
+        return eventsOf(rest.raw);
+      }),
+    );
+    expect(rests).toHaveLength(199);
+    rests.forEach((rest, index) => expect([...events.slice(0, index + 1), ...rest]).toEqual(events));
     expect((await studio.follow(id, 200)).status).toBe(204);
   });
 
-  it('goes on without a gap or a repeat when it is cut while it runs', async () => {
-    let release = () => {};
-    const held = new Promise<void>((resolve) => (release = resolve));
-    const slow = await Upstream.start((response) => {
-      void (async () => {
-        for (let token = 0; token < 100; token++) {
-          writeStream(response, chatDelta(`${token} `));
-          if (token === 50) await held;
-          else if (token % 10 === 0) await new Promise((resolve) => setImmediate(resolve));
-        }
-        writeStream(response, chatEnd());
-        response.end();
-      })();
-    });
-    const other = await startTestApp({
-      MODEL_PROVIDERS: JSON.stringify({ upstream: { type: 'openai-compatible', base_url: slow.url } }),
-    });
-    try {
-      const client = new Studio(other.url);
-      const name = await client.deploy(upstreamAgent());
-      const first = await client.stream({ deployment_name: name, query: 'x' });
-      const head = await first.take(20);
-      const second = await client.follow(first.executionId, 20);
-      const middle = await second.take(10);
-      release();
-      const rest = await (await client.follow(first.executionId, 30)).frames();
-      const frames = [...head, ...middle, ...rest];
-      expect(faultsOfStream(frames, first.executionId)).toEqual([]);
-      expect(textOf(frames)).toBe(Array.from({ length: 100 }, (_, token) => `${token} `).join(''));
-    } finally {
-      release();
-      await other.close();
-      await slow.stop();
+  it('goes on from every cut point while it runs', async () => {
+    const held = new HeldUpstream(Array.from({ length: 198 }, (_, token) => `${token} `));
+    holding.set('held', held);
+    const deployment = await studio.deploy(upstreamAgent());
+    const begun = await studio.stream({ deployment_name: deployment, query: 'held' });
+    const id = begun.executionId;
+    const first = begun.frames();
+    await held.sayUpTo(99);
+    const client = async (cut: number) => {
+      const head = await (await studio.follow(id)).take(cut);
+      const rest = await studio.follow(id, cut);
+      return { head, rest: rest.frames() };
+    };
+    const cutPoints = Array.from({ length: 199 }, (_, index) => index + 1);
+    const clients = cutPoints.map((cut) => client(cut));
+    // These have left and are back before the second half is there.
+    await Promise.all(clients.slice(0, 99));
+    await held.sayUpTo(198);
+    const lines = (await first).map(({ data }) => data);
+    expect(faultsOfStream(await first, id)).toEqual([]);
+    expect(lines).toHaveLength(200);
+    for (const parts of clients) {
+      const { head, rest } = await parts;
+      expect([...head, ...(await rest)].map(({ data }) => data)).toEqual(lines);
     }
   });
 
   it('of a finished run is replayed after a restart of the server and ends', async () => {
     const first = await startTestApp({}, server.database);
     const client = new Studio(first.url);
-    const deployment = await client.deploy(echo());
-    const stream = await client.stream({ deployment_name: deployment, query: 'before the restart' });
+    const body = { deployment_name: await client.deploy(echo()), query: 'before the restart' };
+    const stream = await client.stream(body);
     const frames = await stream.frames();
+    const lines = frames.map(({ data }) => data);
     await first.close();
     const second = await startTestApp({}, server.database);
     try {
       const again = new Studio(second.url);
-      const replayed = await again.follow(stream.executionId);
-      expect((await replayed.frames()).map(({ data }) => data)).toEqual(frames.map(({ data }) => data));
-      expect((await again.follow(stream.executionId, frames.length)).status).toBe(204);
+      const id = stream.executionId;
+      for (const after of [undefined, 1, frames.length - 1]) {
+        const rest = await again.follow(id, after, { signal: AbortSignal.timeout(HANG_MS) });
+        expect((await rest.frames()).map(({ data }) => data)).toEqual(lines.slice(after));
+      }
+      expect((await again.follow(id, frames.length)).status).toBe(204);
+      const headers = { 'Last-Event-ID': frames.at(-1)?.id ?? '' };
+      expect((await again.stream(body, { headers })).status).toBe(204);
     } finally {
       await second.close();
     }
   });
 
-  it('holds nothing of another run of the same deployment', async () => {
-    const deployment = await studio.deploy(echo());
-    const runs = await Promise.all(
-      Array.from({ length: 100 }, async (_, run) => ({
-        run,
-        ...(await whole(deployment, `marker-${run}-end`)),
-      })),
-    );
-    const faults = runs.flatMap(({ run, id, frames }) => [
-      ...faultsOfStream(frames, id),
-      ...(JSON.stringify(textOf(frames).match(/marker-\d+-end/g)) === `["marker-${run}-end"]`
-        ? []
-        : [`run ${run}`]),
-    ]);
-    expect(faults).toEqual([]);
-    expect(new Set(runs.map(({ id }) => id)).size).toBe(100);
+  it('holds nothing of another run of the same deployment, and none of them ends another', async () => {
+    const deployment = await studio.deploy(upstreamAgent());
+    const markers = Array.from({ length: 100 }, (_, run) => `marker-${run}-end`);
+    const runs = markers.map(async (marker) => {
+      const words = Array.from({ length: 20 }, (_, index) => `${marker} ${index}\n`);
+      const held = new HeldUpstream(words);
+      holding.set(marker, held);
+      const run = whole(deployment, marker);
+      await Promise.race([held.sayUpTo(1), run]);
+      return { marker, held, run, words };
+    });
+    // All of them run, and then they speak in turns.
+    const running = await Promise.all(runs);
+    for (let word = 2; word <= 20; word++) {
+      await Promise.all(running.map(({ held, run }) => Promise.race([held.sayUpTo(word), run])));
+    }
+    const ids = new Set<string>();
+    for (const { run, words, marker } of running) {
+      const { id, frames } = await run;
+      ids.add(id);
+      expect(faultsOfStream(frames, id)).toEqual([]);
+      expect(frames.at(-1)?.chunk.status).toBe('completed');
+      expect(textOf(frames)).toBe(words.join(''));
+      expect(new Set(JSON.stringify(frames).match(/marker-\d+-end/g))).toEqual(new Set([marker]));
+    }
+    expect(ids.size).toBe(100);
   });
 });
 
 describe('hostile text', () => {
   const texts = [
     'a\r\nb\rc\nd',
-    'line\u2028separator\u2029',
+    'line\u2028separator\u2029next\u0085line',
     'nul\u0000nul',
     '\ufeffbom',
     '\n\nevent: x\ndata: {"type":"status","status":"completed"}\n\n',
@@ -171,10 +227,12 @@ describe('hostile text', () => {
     const deployment = await studio.deploy(upstreamAgent());
     for (const [index, text] of texts.entries()) {
       answers.set(`hostile ${index}`, [text, text]);
-      const { id, frames } = await whole(deployment, `hostile ${index}`);
+      const { id, frames, raw } = await whole(deployment, `hostile ${index}`);
       expect(faultsOfStream(frames, id)).toEqual([]);
       expect(frames).toHaveLength(4);
       expect(textOf(frames)).toBe(text + text);
+      // Whatever a client takes for the end of a line.
+      expect(raw.split(/\r\n|[\r\n\v\f\u0085\u2028\u2029]/)).toEqual(raw.split('\n'));
       const replayed = await (await studio.follow(id)).frames();
       expect(replayed.map(({ data }) => data)).toEqual(frames.map(({ data }) => data));
       const { body } = await studio.json<{ response: string }>(`/api/executions/${id}`);
@@ -196,8 +254,10 @@ describe('hostile text', () => {
     const { id, frames } = await whole(deployment, 'lone');
     expect(faultsOfStream(frames, id)).toEqual([]);
     expect(textOf(frames).toWellFormed()).toBe('a\ufffdb\ufffdc');
-    const { status } = await studio.json(`/api/executions/${id}`);
-    expect(status).toBe(200);
+    const replayed = await (await studio.follow(id)).frames();
+    expect(replayed.map(({ data }) => data)).toEqual(frames.map(({ data }) => data));
+    const { body } = await studio.json<{ response: string }>(`/api/executions/${id}`);
+    expect(body.response.toWellFormed()).toBe('a\ufffdb\ufffdc');
   });
 
   it('split in the middle of an emoji over two reads of the upstream arrives whole', async () => {
@@ -242,16 +302,18 @@ describe('big output', () => {
     });
     try {
       const client = new Studio(outside.url);
+      const signal = AbortSignal.timeout(HANG_MS);
       const deployment = await client.deploy(upstreamAgent());
       await (await client.stream({ deployment_name: deployment, query: 'warm up' })).frames();
       const before = await outside.memory();
-      const expected = { 'many chunks': words.join(''), 'one chunk of 1 MiB': big };
-      for (const [query, text] of Object.entries(expected)) {
-        const stream = await client.stream({ deployment_name: deployment, query });
+      for (const [query, deltas] of Object.entries({ 'many chunks': words, 'one chunk of 1 MiB': [big] })) {
+        const stream = await client.stream({ deployment_name: deployment, query }, { signal });
         const frames = await stream.frames();
         expect(faultsOfStream(frames, stream.executionId)).toEqual([]);
-        expect(hash(frames)).toBe(createHash('sha256').update(text).digest('hex'));
-        expect(hash(await (await client.follow(stream.executionId)).frames())).toBe(hash(frames));
+        expect(frames).toHaveLength(deltas.length + 2);
+        expect(hash(frames)).toBe(createHash('sha256').update(deltas.join('')).digest('hex'));
+        const replayed = await client.follow(stream.executionId, undefined, { signal });
+        expect(hash(await replayed.frames())).toBe(hash(frames));
       }
       expect((await outside.memory()).peak - before.now).toBeLessThan(100 * 1024 * 1024);
     } finally {
@@ -264,13 +326,7 @@ describe('big output', () => {
 const hash = (frames: Frame[]) => createHash('sha256').update(textOf(frames)).digest('hex');
 
 it('leaves no stream open and nothing in the queue', async () => {
-  const metric = (text: string, name: string) =>
-    Number(new RegExp(`^${name} (\\d+)$`, 'm').exec(text)?.[1] ?? NaN);
-  await until(async () => {
-    const text = await (await fetch(`${server.url}/metrics`)).text();
-    return (
-      (metric(text, 'agent_studio_open_streams') === 0 && metric(text, 'agent_studio_queue_depth') === 0) ||
-      undefined
-    );
-  });
+  for (const name of ['agent_studio_open_streams', 'agent_studio_queue_depth']) {
+    await until(async () => (await studio.metric(name)) === 0);
+  }
 });

@@ -76,6 +76,12 @@ export class Studio {
     );
   }
 
+  /** The value of a metric without labels. */
+  async metric(name: string): Promise<number> {
+    const text = await (await this.fetch('/metrics')).text();
+    return Number(new RegExp(`^${name} (\\S+)$`, 'm').exec(text)?.[1]);
+  }
+
   private fetch(
     path: string,
     {
