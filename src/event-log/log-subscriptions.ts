@@ -2,7 +2,7 @@ import { isTerminalChunk } from './chunk.js';
 import type { LogBatch } from './event-log.js';
 
 /** Characters of chunks that wait in memory for one reader; past that it is sent to the stored rows. */
-const MOST_WAITING_CHARACTERS = 256 * 1024;
+const MOST_WAITING_CHARACTERS = 64 * 1024;
 
 /** What one reader is told about its execution: committed batches while it keeps up, and how far the log goes. */
 export class LogSubscription {

@@ -20,7 +20,7 @@ import { END, FLUSH, READ } from './statements.js';
 
 /** Rows and bytes that a catching-up reader takes from the table at once. */
 const READ_ROWS = 64;
-const READ_BYTES = 256 * 1024;
+const READ_BYTES = 64 * 1024;
 
 interface EndedRow {
   execution_id: string;
