@@ -282,17 +282,25 @@ describe('a terminal chunk comes before the first step', () => {
     expect(await endOfAccepted(stream)).toMatchObject({ status: 'error', code: 'worker_lost' });
   });
 
-  it('when many cancel it at the same moment', async () => {
-    const deployment = await client.deploy(nothing);
-    for (let round = 0; round < 20; round++) {
-      const stream = await client.stream({ deployment_name: deployment, query: 'x' });
-      const path = `/api/executions/${stream.executionId}/cancel`;
-      const cancel = () => client.json<object>(path, { method: 'POST' });
-      const answers = await Promise.all(Array.from({ length: 5 }, cancel));
-      expect(answers.map(({ status }) => status)).toEqual([202, 202, 202, 202, 202]);
-      const { frames } = await endOf(stream);
-      ended.pop(); // its server goes
-      expect(frames.map(({ chunk }) => chunk.status)).toEqual(['started', 'cancelled']);
+  it('when many cancel it at the same moment, and it is the same one for all', async () => {
+    const second = await startTestApp({ ROLE: 'api' }, accepting.database);
+    const clients = [client, new Studio(second.url)];
+    try {
+      const deployment = await client.deploy(nothing);
+      for (let round = 0; round < 20; round++) {
+        const stream = await client.stream({ deployment_name: deployment, query: 'x' });
+        const id = stream.executionId;
+        const elsewhere = await Promise.all(clients.map((at) => at.follow(id)));
+        const cancel = (_: unknown, index: number) =>
+          clients[index % 2]?.json<object>(`/api/executions/${id}/cancel`, { method: 'POST' });
+        const answers = await Promise.all(Array.from({ length: 6 }, cancel));
+        expect(answers.map((answer) => answer?.status)).toEqual(Array(6).fill(202));
+        const log = await (await client.follow(id)).frames();
+        expect(log.map(({ chunk }) => chunk.status)).toEqual(['started', 'cancelled']);
+        for (const live of [stream, ...elsewhere]) expect(await live.frames()).toEqual(log);
+      }
+    } finally {
+      await second.close();
     }
   });
 });

@@ -14,11 +14,11 @@ const texts = fc.oneof(
   fc.constantFrom('\ud83d', '\udc69', '👩‍👩‍👧‍👦', '\u{10ffff}', '\\u0000', '"', '\\'),
   fc.string({ unit: 'binary', maxLength: 40 }),
 );
-/** How often a text is said at once: now and then longer than what waits in memory for one reader. */
-const times = fc.oneof(
+/** A text is repeated until it is so long: now and then longer than what waits in memory for one reader. */
+const lengths = fc.oneof(
   { weight: 20, arbitrary: fc.constant(1) },
-  { weight: 4, arbitrary: fc.integer({ min: 1, max: 1500 }) },
-  { weight: 1, arbitrary: fc.constant(10_000) },
+  { weight: 4, arbitrary: fc.integer({ min: 1, max: 60_000 }) },
+  { weight: 1, arbitrary: fc.constant(300_000) },
 );
 const pauses = fc.oneof(
   { weight: 3, arbitrary: fc.constant(0) },
@@ -43,7 +43,7 @@ const readers = fc.record({
 });
 /** One execution: what its upstream says, how its clients read it, and what else happens to it. */
 export const plans = fc.record({
-  deltas: fc.array(fc.record({ text: texts, times, pause: pauses }), { maxLength: 40 }),
+  deltas: fc.array(fc.record({ text: texts, length: lengths, pause: pauses }), { maxLength: 40 }),
   readers: fc.array(readers, { minLength: 1, maxLength: 4 }),
   /** What starts it: the first reader's POST, or a request that answers at once. */
   start: fc.constantFrom('stream', 'async'),
@@ -58,7 +58,7 @@ export const plans = fc.record({
   cancel: fc.option(
     fc.record({
       places: fc.array(places, { minLength: 1, maxLength: 3 }),
-      after: fc.nat(40),
+      after: fc.oneof(fc.constant(0), fc.nat(40)),
       pause: fc.nat(40),
     }),
     { freq: 2 },
@@ -84,7 +84,7 @@ export class Answer {
 
   /** All that the upstream has to say. */
   get text(): string {
-    return this.deltas.map(({ text, times }) => text.repeat(times)).join('');
+    return this.deltas.map(textOf).join('');
   }
 
   async give(response: ServerResponse): Promise<void> {
@@ -92,10 +92,10 @@ export class Answer {
     writeStream(response);
     response.flushHeaders();
     this.progress(0);
-    for (const [index, { text, times, pause }] of this.deltas.entries()) {
-      if (pause > 0) await sleep(pause);
+    for (const [index, delta] of this.deltas.entries()) {
+      if (delta.pause > 0) await sleep(delta.pause);
       if (response.destroyed) return;
-      writeStream(response, chatDelta(text.repeat(times)));
+      writeStream(response, chatDelta(textOf(delta)));
       this.progress(index + 1);
     }
     if (!this.ends) return;
@@ -113,4 +113,8 @@ export class Answer {
     this.said = said;
     for (const { count, resolve } of this.waiting) if (count <= said) resolve();
   }
+}
+
+function textOf({ text, length }: Plan['deltas'][number]): string {
+  return text === '' ? '' : text.repeat(Math.ceil(length / text.length));
 }
