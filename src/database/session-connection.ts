@@ -1,6 +1,9 @@
 import { Client } from 'pg';
-import { CONNECT_TIMEOUT_MS } from './data-source.js';
 import type { QueryConfig, QueryResult, QueryResultRow } from 'pg';
+import { CONNECT_TIMEOUT_MS } from './data-source.js';
+
+/** ms after which a statement without an answer counts as failed: a connection that nothing comes through must be made again. */
+const ANSWER_TIMEOUT_MS = 10_000;
 
 export interface SessionOptions {
   connectionString: string;
@@ -19,9 +22,16 @@ export class SessionConnection {
 
   constructor(private readonly options: SessionOptions) {}
 
+  /** Rejects as pg does, and after 10 s without an answer; the next call then makes a new connection. */
   async query<Row extends QueryResultRow>(query: QueryConfig): Promise<QueryResult<Row>> {
     const client = await this.connected();
-    return client.query<Row>(query);
+    try {
+      return await client.query<Row>(query);
+    } catch (error) {
+      // pg leaves a connection open on which it still waits for an answer.
+      if (error instanceof Error && error.message === 'Query read timeout') void client.end();
+      throw error;
+    }
   }
 
   /** Resolves with the connection once it is set up. */
@@ -48,6 +58,7 @@ export class SessionConnection {
     const client = new Client({
       connectionString,
       connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
+      query_timeout: ANSWER_TIMEOUT_MS,
       keepAlive: true,
       application_name: 'agent-studio',
     });

@@ -1,7 +1,7 @@
 import { randomUUID } from 'node:crypto';
 import { Logger } from '@nestjs/common';
-import type { Notification, Pool } from 'pg';
-import { SessionConnection } from '../database/session-connection.js';
+import type { Pool } from 'pg';
+import type { Notifications } from '../database/notifications.js';
 import type { LogSubscriptions } from './log-subscriptions.js';
 import { POSITIONS } from './statements.js';
 
@@ -28,7 +28,7 @@ export class LogNotifier {
   private readonly logger = new Logger(LogNotifier.name);
   private readonly self = randomUUID();
   private readonly peers = new Map<string, number>();
-  private readonly session: SessionConnection;
+  private readonly notifications: Notifications;
   private readonly pool: Pool;
   private readonly subscriptions: LogSubscriptions;
   private readonly unsent = new Map<string, number>();
@@ -37,32 +37,24 @@ export class LogNotifier {
   private beat: NodeJS.Timeout | undefined;
   private stopped = false;
 
-  constructor(options: { connectionString: string; pool: Pool; subscriptions: LogSubscriptions }) {
+  constructor(options: { notifications: Notifications; pool: Pool; subscriptions: LogSubscriptions }) {
+    this.notifications = options.notifications;
     this.pool = options.pool;
     this.subscriptions = options.subscriptions;
-    this.session = new SessionConnection({
-      connectionString: options.connectionString,
-      // A notification takes a lock of the whole database until its commit, which must not wait for the disk.
-      setup: ['SET synchronous_commit = off', `LISTEN ${CHANNEL}`],
-      onConnect: (client) => {
-        client.on('notification', (notification) => this.receive(notification));
-        this.subscriptions.invalidateAll();
-      },
-      onLost: (error) =>
-        this.logger.warn(`The connection that listens for chunks was lost: ${error.message}`),
+    this.notifications.listen(CHANNEL, {
+      onNotification: (payload) => this.receive(payload),
+      onConnect: () => this.subscriptions.invalidateAll(),
     });
   }
 
   async start(): Promise<void> {
-    await this.session.connected();
     await this.greet();
     this.scheduleBeat();
   }
 
-  async stop(): Promise<void> {
+  stop(): void {
     this.stopped = true;
     clearTimeout(this.beat);
-    await this.session.close();
   }
 
   /** Tells the other processes, if there are any, how far some logs go. It does not wait, and a failure is made up for. */
@@ -92,15 +84,14 @@ export class LogNotifier {
       }
       this.mustGreet = false;
       this.unsent.clear();
-      await this.session.query({
-        name: 'event-log-notify',
-        text: `SELECT pg_notify('${CHANNEL}', payload) FROM unnest($1::text[]) AS payload`,
-        values: [payloads.map((payload) => `${this.self} ${payload}`)],
-      });
+      await this.notifications.send(
+        CHANNEL,
+        payloads.map((payload) => `${this.self} ${payload}`),
+      );
     }
   }
 
-  private receive({ payload = '' }: Notification): void {
+  private receive(payload: string): void {
     const space = payload.indexOf(' ');
     const sender = payload.slice(0, space);
     if (sender === this.self) return;
@@ -130,7 +121,6 @@ export class LogNotifier {
   }
 
   private async onBeat(): Promise<void> {
-    await this.session.connected();
     await this.greet();
     const executionIds = this.subscriptions.executionIds();
     if (executionIds.length === 0) return;

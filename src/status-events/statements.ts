@@ -1,22 +1,15 @@
 import { SNAPSHOT_EXECUTIONS } from './status-event.js';
 
-/** Any number that no other program on the same database uses for its advisory locks. */
-const SEQUENCE_LOCK = 7_061_923_419;
-
 /**
- * Begins a transaction until whose end nobody else gives out sequences. A process that is stopped in it must not stop all
- * the others, so PostgreSQL ends it after a moment, and nobody waits for longer than that.
+ * The lock of whoever gives out sequences: one transaction at a time. Any number that no other program on the same
+ * database uses for its advisory locks.
  */
-export const BEGIN = `
-  BEGIN;
-  SET LOCAL lock_timeout = '3s';
-  SET LOCAL idle_in_transaction_session_timeout = '2s';
-  SELECT pg_advisory_xact_lock(${SEQUENCE_LOCK})`;
+export const SEQUENCE_LOCK = 7_061_923_419;
 
 /**
  * Gives a sequence to the changes that are committed and have none. Ids are given before a commit, so a reader that went
  * by them would pass over a change whose commit took longer than that of a later one; sequences are given after it, by
- * one transaction at a time, so whoever sees one sees all before it. In a statement of its own, after {@link BEGIN}.
+ * one transaction at a time, so whoever sees one sees all before it. In a transaction under {@link SEQUENCE_LOCK}.
  */
 const NUMBER = `
   pending AS MATERIALIZED (
@@ -50,7 +43,7 @@ const OF_DEPLOYMENT = `
 
 /**
  * The numbering and the state in one statement, which sees one moment of both: a change that the state shows is not
- * told again. $5: with deployments. After {@link BEGIN}.
+ * told again. $5: with deployments. Under {@link SEQUENCE_LOCK}.
  */
 export const SNAPSHOT = `
   WITH ${NUMBER}, unfinished AS MATERIALIZED (

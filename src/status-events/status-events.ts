@@ -2,8 +2,9 @@ import { Injectable, Logger } from '@nestjs/common';
 import type { BeforeApplicationShutdown } from '@nestjs/common';
 import { Pool } from 'pg';
 import type { StatusEvent } from '../database/entities/status-event.entity.js';
+import { exclusively } from '../database/exclusively.js';
 import { isUnavailable, retryWhileUnavailable } from '../database/unavailable.js';
-import { BEGIN, IS_KEPT, LOOK, NUMBER_PENDING, READ, SNAPSHOT } from './statements.js';
+import { IS_KEPT, LOOK, NUMBER_PENDING, READ, SEQUENCE_LOCK, SNAPSHOT } from './statements.js';
 import type {
   SnapshotDeployment,
   SnapshotExecution,
@@ -95,28 +96,13 @@ export class StatusEvents implements BeforeApplicationShutdown {
 
   /** One transaction at a time, of all processes; those of this process wait for each other without a connection. */
   private inSequence<Row extends object>(work: Work<Row>): Promise<Row> {
-    const turn = this.turn.then(() => this.transaction(work));
+    const turn = this.turn.then(() =>
+      exclusively(this.pool, SEQUENCE_LOCK, (client) =>
+        work(async (text, values) => (await client.query<Row>(text, values)).rows[0] as Row),
+      ),
+    );
     this.turn = turn.catch(() => undefined); // its caller is told; the next one has its turn
     return turn;
-  }
-
-  private async transaction<Row extends object>(work: Work<Row>): Promise<Row> {
-    const client = await this.pool.connect();
-    let failure: Error | undefined;
-    const onError = (error: Error) => (failure = error); // PostgreSQL ended it between two statements
-    client.on('error', onError);
-    try {
-      await client.query(BEGIN);
-      const row = await work(async (text, values) => (await client.query<Row>(text, values)).rows[0] as Row);
-      await client.query('COMMIT');
-      return row;
-    } catch (error) {
-      failure = error instanceof Error ? error : new Error(String(error));
-      throw error;
-    } finally {
-      client.off('error', onError);
-      client.release(failure); // a connection with a broken transaction is not used again
-    }
   }
 
   /** What passes the filter after `after`, and how far was looked: a filter may let nothing of a month pass. */
