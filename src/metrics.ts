@@ -15,6 +15,21 @@ export class Metrics {
     help: 'Executions that this process runs now',
     registers: [this.registry],
   });
+  readonly lostWorkers = new Counter({
+    name: 'agent_studio_lost_worker_executions_total',
+    help: 'Executions whose worker this process found lost, and put back into the queue',
+    registers: [this.registry],
+  });
+  readonly lostLocks = new Counter({
+    name: 'agent_studio_lost_locks_total',
+    help: 'Executions that this process had to let go because it could not keep their lock',
+    registers: [this.registry],
+  });
+  readonly refusedExecutions = new Counter({
+    name: 'agent_studio_refused_executions_total',
+    help: 'Requests that this process refused because too many executions waited',
+    registers: [this.registry],
+  });
   readonly timeToFirstChunk = new Histogram({
     name: 'agent_studio_time_to_first_chunk_seconds',
     help: 'From accepting an execution to its first committed content chunk',

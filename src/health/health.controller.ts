@@ -37,7 +37,7 @@ export class HealthController implements OnModuleDestroy {
     if (this.isClosing) throw new AppError('unavailable', 'The server is shutting down.', { retryAfter: 1 });
     const parts = [
       () => this.probe('database', () => this.pool.query('SELECT 1')),
-      () => this.probe('queue', () => this.queue.depth()),
+      () => this.probe('queue', () => this.queue.size()),
     ];
     return this.health.check(parts).catch((error: unknown) => {
       throw new AppError('unavailable', `Not ready: ${nameParts(error)} can not be reached.`, {
@@ -56,7 +56,8 @@ export class HealthController implements OnModuleDestroy {
   @Header('Content-Type', 'text/plain; version=0.0.4; charset=utf-8')
   async scrape(): Promise<string> {
     // The other figures are wanted most when the queue can't be reached.
-    this.metrics.queueDepth.set(await this.queue.depth().catch(() => NaN));
+    const size = await this.queue.size().catch(() => undefined);
+    this.metrics.queueDepth.set(size?.waiting ?? NaN);
     return this.metrics.registry.metrics();
   }
 

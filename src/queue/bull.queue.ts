@@ -1,19 +1,32 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 import { Inject, Injectable, Logger } from '@nestjs/common';
 import { Queue, WaitingError, Worker, createPostgresBackend, createRedisBackend } from 'bullmq';
-import type { BackendFactory, ConnectionOptions, IQueueBackend, Job } from 'bullmq';
+import type { BackendFactory, ConnectionOptions, IQueueBackend } from 'bullmq';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
+import { CONNECT_TIMEOUT_MS } from '../database/data-source.js';
+import { GroupCommit } from '../database/group-commit.js';
+import { Metrics } from '../metrics.js';
 import { ExecutionQueue, LockLostError } from './execution-queue.js';
 import type { ExecutionHandler } from './execution-queue.js';
+import { JobLeases, roundMs } from './job-leases.js';
+import type { JobLease } from './job-leases.js';
 
 const QUEUE_NAME = 'executions';
 /** Connections of the producer's pool and of the worker's. */
 const POOL_SIZE = 4;
+/** ms that a statement of the queue may take. */
+const QUERY_TIMEOUT_MS = 10_000;
 /** Before an execution that met a defect, or a database that is away, is handed to a worker again. */
 const RETRY_DELAY_MS = 1000;
+/** Before a worker asks again after the queue's server did not answer as it should. */
+const FETCH_RETRY_MS = 500;
 /** BullMQ shall never give an execution up: its end has to be written into its log, which the handler does. */
 const MOST_STALLS = 1_000_000;
+const COUNTED = ['waiting', 'prioritized', 'delayed', 'active'] as const;
+
+type Backend = IQueueBackend;
+type CreateBackend = BackendFactory<Backend, ConnectionOptions>;
 
 /**
  * BullMQ, on PostgreSQL or, with `REDIS_URL`, on Redis. A job is only the hint that an execution wants a worker: its id
@@ -24,14 +37,21 @@ const MOST_STALLS = 1_000_000;
 export class BullQueue extends ExecutionQueue {
   private readonly logger = new Logger(BullQueue.name);
   private readonly connection: ConnectionOptions;
-  private readonly backend: BackendFactory<IQueueBackend, ConnectionOptions>;
-  private readonly queue: Queue<unknown, unknown, string, unknown, unknown, string, IQueueBackend>;
-  private worker: Worker<unknown, unknown, string, IQueueBackend> | undefined;
+  private readonly createBackend: CreateBackend;
+  private readonly queue: Queue<unknown, unknown, string, unknown, unknown, string, Backend>;
+  private worker: Worker<unknown, unknown, string, Backend> | undefined;
+  private leases: JobLeases | undefined;
+  private readonly additions = new GroupCommit<string, unknown>((jobIds) =>
+    this.queue.addBulk(jobIds.map((jobId) => ({ name: 'execution', data: {}, opts: { jobId } }))),
+  );
 
-  constructor(@Inject(CONFIG) private readonly config: ServerConfig) {
+  constructor(
+    @Inject(CONFIG) private readonly config: ServerConfig,
+    private readonly metrics: Metrics,
+  ) {
     super();
     this.connection = { url: config.REDIS_URL };
-    this.backend = config.REDIS_URL ? createRedisBackend : postgresBackend(config.DATABASE_URL);
+    this.createBackend = config.REDIS_URL ? createRedisBackend : postgresBackend(config.DATABASE_URL);
     this.queue = new Queue(
       QUEUE_NAME,
       {
@@ -40,83 +60,116 @@ export class BullQueue extends ExecutionQueue {
         // Nobody reads BullMQ's own event stream: the event log is what clients see.
         streams: { events: { maxLen: 100 } },
       },
-      this.backend,
+      this.createBackend,
     );
     this.queue.on('error', (error) => this.logger.warn(error));
   }
 
-  async add(executionId: string): Promise<void> {
-    await this.queue.add('execution', {}, { jobId: executionId });
+  async add(executionIds: string[]): Promise<void> {
+    await Promise.all(executionIds.map((executionId) => this.additions.add(executionId)));
   }
 
   process(handler: ExecutionHandler, concurrency: number): void {
     const lock = this.config.JOB_LOCK_MS;
+    let leases: JobLeases | undefined;
+    const createBackend: CreateBackend = (name, options, kind) => {
+      const backend = unhurried(this.createBackend(name, options, kind));
+      this.leases = leases = new JobLeases(backend, lock, this.metrics);
+      return backend;
+    };
     this.worker = new Worker(
       QUEUE_NAME,
-      (job, token, signal) => this.run(job, { token, signal, handler }),
+      async (job, token) => {
+        if (!job.id || !token || !leases)
+          throw new Error('BullMQ handed over a job without an id or a lock.');
+        const lease = leases.hold(job.id, token);
+        await this.run(lease, handler).finally(() => leases?.release(lease));
+      },
       {
         connection: this.connection,
         concurrency,
         lockDuration: lock,
-        lockRenewTime: lock / 2,
-        stalledInterval: lock / 5,
+        skipLockRenewal: true,
+        skipStalledCheck: true,
+        stalledInterval: roundMs(lock),
         maxStalledCount: MOST_STALLS,
+        runRetryDelay: FETCH_RETRY_MS,
       },
-      this.backend,
+      createBackend,
     );
     this.worker.on('error', (error) => this.logger.warn(error));
-    this.worker.on('lockRenewalFailed', (executionIds) => {
-      for (const executionId of executionIds)
-        this.worker?.cancelJob(executionId, 'The lock of this execution was lost.');
-    });
   }
 
-  async depth(): Promise<number> {
-    return this.queue.getWaitingCount();
+  async size(): Promise<{ waiting: number; active: number }> {
+    const {
+      waiting = 0,
+      prioritized = 0,
+      delayed = 0,
+      active = 0,
+    } = await this.queue.getJobCounts(...COUNTED);
+    return { waiting: waiting + prioritized + delayed, active };
   }
 
   async close(graceMs: number): Promise<void> {
-    const { worker } = this;
+    const { worker, leases } = this;
     if (worker) {
-      const deadline = setTimeout(() => worker.cancelAllJobs('This worker is shutting down.'), graceMs);
+      const reason = new LockLostError('This worker is shutting down.');
+      const deadline = setTimeout(() => leases?.abandonAll(reason), graceMs);
       await worker.close().finally(() => clearTimeout(deadline));
+      leases?.stop();
     }
     await this.queue.close();
   }
 
-  private async run(
-    job: Job,
-    options: { token: string | undefined; signal: AbortSignal | undefined; handler: ExecutionHandler },
-  ): Promise<void> {
-    const { token, signal, handler } = options;
-    if (!job.id || !signal) throw new Error('BullMQ handed over a job without an id or a signal.');
-    const letGo = new AbortController();
-    signal.addEventListener('abort', () => letGo.abort(new LockLostError(String(signal.reason))), {
-      once: true,
-    });
+  private async run({ jobId, token, controller }: JobLease, handler: ExecutionHandler): Promise<void> {
+    const { signal } = controller;
     try {
-      await handler(job.id, letGo.signal);
+      await handler(jobId, signal);
     } catch (error) {
       if (!(error instanceof LockLostError)) {
         this.logger.error(error);
         await sleep(RETRY_DELAY_MS, undefined, { signal }).catch(() => undefined); // the shutdown ends the wait
       }
-      // Back to the other workers, or to this one. If that fails too, the lock runs out, which has the same effect; what
-      // must not happen is that BullMQ takes the job for failed and removes it.
-      await job.moveToWait(token).catch((failure: unknown) => this.logger.warn(failure));
-      throw new WaitingError();
+      await this.handBack(jobId, token);
+      throw new WaitingError(); // BullMQ must not take the job for failed, and remove it
+    }
+  }
+
+  /** Back to the head of the queue. If the lock is another worker's, that one has it; if all fails, the lock runs out, which has the same effect. */
+  private async handBack(jobId: string, token: string): Promise<void> {
+    try {
+      await this.queue.backend.retryJob(jobId, true, token);
+    } catch (error) {
+      this.logger.debug(error);
+      // A queue that was emptied has no such job any more. One that is in it stays as it is.
+      await this.add([jobId]).catch((failure: unknown) => this.logger.warn(failure));
     }
   }
 }
 
-function postgresBackend(connectionString: string): BackendFactory<IQueueBackend, ConnectionOptions> {
-  return (name, options, kind) =>
-    createPostgresBackend(
-      name,
-      {
-        ...options,
-        connection: { connectionString, migrate: true, max: POOL_SIZE, options: '-c synchronous_commit=off' },
-      },
-      kind,
-    );
+/** BullMQ asks again at once after most errors: a server that is just starting would be asked hundreds of times a second. */
+function unhurried(backend: Backend): Backend {
+  const moveToActive = backend.moveToActive.bind(backend);
+  backend.moveToActive = async (token, name) => {
+    try {
+      return await moveToActive(token, name);
+    } catch (error) {
+      await sleep(FETCH_RETRY_MS);
+      throw error;
+    }
+  };
+  return backend;
+}
+
+function postgresBackend(connectionString: string): CreateBackend {
+  const connection = {
+    connectionString,
+    migrate: true,
+    max: POOL_SIZE,
+    connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
+    query_timeout: QUERY_TIMEOUT_MS,
+    keepAlive: true,
+    options: '-c synchronous_commit=off',
+  };
+  return (name, options, kind) => createPostgresBackend(name, { ...options, connection }, kind);
 }
