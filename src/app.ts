@@ -1,14 +1,26 @@
 import { ValidationPipe } from '@nestjs/common';
 import { NestFactory } from '@nestjs/core';
 import type { NestExpressApplication } from '@nestjs/platform-express';
+import type { RequestHandler } from 'express';
 import helmet from 'helmet';
 import { AppModule } from './app.module.js';
 import type { ServerConfig } from './config.js';
 import { DrainingAdapter } from './draining.adapter.js';
 import { useJsonBody } from './json-body.js';
+import { AppError } from './errors.js';
 import { JsonLogger, requestLog } from './json-logger.js';
 import { serveOpenApi } from './openapi.js';
 import { ProblemFilter, validationError } from './problem.filter.js';
+
+/** A worker listens for probes and scrapes only: nobody should come to depend on it for anything else. */
+const refuse: RequestHandler = (_request, _response, next) => {
+  next(
+    new AppError(
+      'not_found',
+      'This process only runs executions (ROLE=worker). Ask one with ROLE=api or all.',
+    ),
+  );
+};
 
 /** Builds the server, connected to its database and ready to `listen`; `close` drains it. */
 export async function createApp(config: ServerConfig): Promise<NestExpressApplication> {
@@ -46,6 +58,7 @@ export async function createApp(config: ServerConfig): Promise<NestExpressApplic
     exposedHeaders: ['Location', 'Content-Location', 'X-Request-Id', 'Retry-After'],
     maxAge: 600,
   });
+  if (config.ROLE === 'worker') app.use('/api', refuse);
   useJsonBody(app, config);
   app.useGlobalPipes(
     new ValidationPipe({

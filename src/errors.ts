@@ -25,6 +25,7 @@ export const ERROR_CODES = {
   unsupported_media_type: { status: 415, title: 'The body must be application/json' },
   idempotency_key_reused: { status: 422, title: 'The Idempotency-Key was used for another request' },
   workflow_invalid: { status: 422, title: 'The workflow definition is not valid' },
+  queue_full: { status: 429, title: 'Too many executions wait' },
   internal_error: { status: 500, title: 'Something went wrong in the server' },
   agent_error: { status: 502, title: 'An agent could not produce its output' },
   model_error: { status: 502, title: 'The model could not answer' },

@@ -17,15 +17,20 @@ const MIGRATION_LOCK = 7_061_923_418;
 /** ms until an unreachable server counts as away. */
 export const CONNECT_TIMEOUT_MS = 4000;
 
+/** ms that a statement may take which reads or deletes much at once. */
+export const LONG_QUERY_TIMEOUT_MS = 60_000;
+
 export interface DatabaseOptions {
   /** `postgres://` URL. */
   url: string;
   /** Connections of the pool at most. */
   poolSize?: number;
+  /** ms after which a statement without an answer counts as failed, as if the server were away; 0: never. */
+  queryTimeoutMs?: number;
 }
 
 /** The one description of the database: the app and the migration CLI both use it. It never synchronizes. */
-export function createDataSource({ url, poolSize = 10 }: DatabaseOptions): DataSource {
+export function createDataSource({ url, poolSize = 10, queryTimeoutMs = 0 }: DatabaseOptions): DataSource {
   return new DataSource({
     type: 'postgres',
     url,
@@ -48,17 +53,20 @@ export function createDataSource({ url, poolSize = 10 }: DatabaseOptions): DataS
     installExtensions: false,
     poolSize,
     connectTimeoutMS: CONNECT_TIMEOUT_MS,
+    extra: { query_timeout: queryTimeoutMs, keepAlive: true },
   });
 }
 
-/** Brings the schema up to date. Processes that start at the same moment wait for each other on an advisory lock. */
-export async function migrate(dataSource: DataSource, url: string): Promise<void> {
+/** Brings the schema up to date, however long that takes. Processes that start at the same moment wait for each other on an advisory lock. */
+export async function migrate(url: string): Promise<void> {
+  const dataSource = await createDataSource({ url }).initialize();
   const lock = new Client({ connectionString: url, connectionTimeoutMillis: CONNECT_TIMEOUT_MS });
-  await lock.connect();
   try {
+    await lock.connect();
     await lock.query('SELECT pg_advisory_lock($1)', [MIGRATION_LOCK]);
     await dataSource.runMigrations();
   } finally {
     await lock.end();
+    await dataSource.destroy();
   }
 }

@@ -2,9 +2,11 @@ import { Global, Inject, Logger, Module } from '@nestjs/common';
 import type { OnApplicationShutdown } from '@nestjs/common';
 import { TypeOrmModule } from '@nestjs/typeorm';
 import { Pool } from 'pg';
+import { DataSource } from 'typeorm';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { CONNECT_TIMEOUT_MS, createDataSource, migrate } from './data-source.js';
+import { Notifications } from './notifications.js';
 
 /** TypeORM for the resources, and a plain `pg` pool for the prepared statements of the hot path. */
 @Global()
@@ -13,19 +15,19 @@ import { CONNECT_TIMEOUT_MS, createDataSource, migrate } from './data-source.js'
     TypeOrmModule.forRootAsync({
       inject: [CONFIG],
       useFactory: (config: ServerConfig) => ({
-        ...createDataSource({ url: config.DATABASE_URL }).options,
+        ...createDataSource({ url: config.DATABASE_URL, queryTimeoutMs: config.DATABASE_TIMEOUT_MS }).options,
         retryAttempts: 1,
       }),
       dataSourceFactory: async (options) => {
         if (options?.type !== 'postgres' || !options.url)
           throw new Error('The data source must be PostgreSQL.');
-        const dataSource = await createDataSource({ url: options.url }).initialize();
-        await migrate(dataSource, options.url);
-        return dataSource;
+        await migrate(options.url);
+        return new DataSource(options).initialize();
       },
     }),
   ],
   providers: [
+    Notifications,
     {
       provide: Pool,
       inject: [CONFIG],
@@ -34,11 +36,13 @@ import { CONNECT_TIMEOUT_MS, createDataSource, migrate } from './data-source.js'
           connectionString: config.DATABASE_URL,
           max: config.DATABASE_POOL_SIZE,
           connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
+          query_timeout: config.DATABASE_TIMEOUT_MS,
+          keepAlive: true,
           application_name: 'agent-studio',
         }),
     },
   ],
-  exports: [Pool],
+  exports: [Notifications, Pool],
 })
 export class DatabaseModule implements OnApplicationShutdown {
   private readonly logger = new Logger(DatabaseModule.name);

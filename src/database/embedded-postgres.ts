@@ -19,6 +19,8 @@ const CONNECT_TIMEOUT_MS = 5000;
 const OBSTACLE_TIMEOUT_MS = 15_000;
 const OBSTACLE_POLL_MS = 100;
 const STOP_TIMEOUT_S = 30;
+/** Between two attempts to start a server again that ended by itself: a full disk stays full for a while. */
+const RESTART_PAUSE_MS = 1000;
 const LOG_TAIL_BYTES = 4096;
 const OBSTACLES =
   /Address already in use|lock file "postmaster\.pid" already exists|memory block .* still in use/;
@@ -72,13 +74,15 @@ type DatabaseError = Error & { code?: string };
 class StartObstacle extends Error {}
 
 /**
- * Starts a PostgreSQL server of our own on a free port of 127.0.0.1, with its data below `dataDir`, and waits until
- * it answers queries. A server left over by a killed app is stopped first. The server ends with this process.
+ * Starts a PostgreSQL server of our own on 127.0.0.1, with its data below `dataDir`, and waits until it answers queries.
+ * A server left over by a killed app is stopped first. One that ends by itself is started again, at the same URL. The
+ * server ends with this process.
  *
  * As root the server runs as an unprivileged user (or the owner of existing data). Where that user can't get to the
  * data folder by its path, below a 0700 home, it inherits the open folder: the data stays in `dataDir` in any case.
  *
  * @param options.dataDir is created if need be; it also gets the server's log of the latest run, `postgres.log`
+ * @param options.port where it listens; by default a free one
  * @param options.serverOptions server settings (`-c name=value`) that are added to ours or replace them
  * @throws Error that says what is wrong and what helps: folder in use by another process, no programs for this
  *   platform, data of another PostgreSQL version, a server that doesn't start (with its last log lines)
@@ -86,43 +90,84 @@ class StartObstacle extends Error {}
 export async function startEmbeddedPostgres(options: {
   dataDir: string;
   log: (message: string) => void;
+  port?: number;
   serverOptions?: Record<string, string>;
 }): Promise<EmbeddedPostgres> {
+  const { log, serverOptions = {} } = options;
   const folder = resolve(options.dataDir);
   await createDataFolder(folder);
   const unlock = await lockFolder(folder);
   try {
-    const cluster = await openCluster(folder, options.log);
-    const server = await startServer(cluster, options.serverOptions ?? {}, options.log);
-    options.log(
+    const cluster = await openCluster(folder, log);
+    const server = await startServer(cluster, { port: options.port, serverOptions, log });
+    log(
       `PostgreSQL ${cluster.binaries.version} is ready on port ${server.port}, its data is in ${cluster.home}`,
     );
-    let isStopping = false;
-    void server.exited.then(async () => {
-      if (!isStopping) options.log(`PostgreSQL ended unexpectedly. ${await lastLogLines(cluster)}`);
-    });
-    const stop = async () => {
-      isStopping = true;
-      await stopServer(cluster, server);
-      await unlock();
-    };
+    const end = keepRunning(cluster, server, { serverOptions, log });
     let stopped: Promise<void> | undefined;
-    return { url: server.url(DATABASE), stop: () => (stopped ??= stop()) };
+    return { url: server.url(DATABASE), stop: () => (stopped ??= end().then(unlock)) };
   } catch (error) {
     await unlock();
     throw error;
   }
 }
 
+/**
+ * Starts the server again each time that it ends by itself.
+ *
+ * @returns ends it for good
+ */
+function keepRunning(cluster: Cluster, first: Server, options: StartOptions): () => Promise<void> {
+  const { log } = options;
+  const { port } = first;
+  const stopping = new AbortController();
+  let server = first;
+  const keep = async () => {
+    for (;;) {
+      await server.exited;
+      if (stopping.signal.aborted) return;
+      log(`PostgreSQL ended unexpectedly, and is started again. ${await lastLogLines(cluster)}`);
+      let next: Server | undefined;
+      while (!next && !stopping.signal.aborted) {
+        next = await startServer(cluster, { ...options, port }).catch((error: Error) => {
+          log(error.message);
+          return undefined;
+        });
+        // An abort is the end.
+        if (!next)
+          await sleep(RESTART_PAUSE_MS, undefined, { signal: stopping.signal, ref: false }).catch(
+            () => undefined,
+          );
+      }
+      if (!next) return;
+      server = next;
+      log(`PostgreSQL is ready again on port ${port}`);
+    }
+  };
+  const kept = keep();
+  return async () => {
+    stopping.abort();
+    await stopServer(cluster, server);
+    await kept;
+    await stopServer(cluster, server); // if it was just being started
+  };
+}
+
+interface StartOptions {
+  /** A free one, if it is not given. */
+  port?: number;
+  serverOptions: Record<string, string>;
+  log: (message: string) => void;
+}
+
 async function startServer(
   cluster: Cluster,
-  serverOptions: Record<string, string>,
-  log: (message: string) => void,
+  { port: givenPort, serverOptions, log }: StartOptions,
 ): Promise<Server> {
   const giveUpAt = Date.now() + OBSTACLE_TIMEOUT_MS;
   for (let attempt = 1; ; attempt++) {
     const stalePidFile = await stopLeftOver(cluster, log);
-    const port = await freePort();
+    const port = givenPort ?? (await freePort());
     const settings = { ...SETTINGS, ...serverOptions, port: String(port) };
     const url = (database: string) => `postgres://${USER}:${cluster.password}@127.0.0.1:${port}/${database}`;
     const server: Server = { ...launch(cluster, settings, stalePidFile), port, url };

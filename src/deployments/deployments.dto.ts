@@ -51,6 +51,14 @@ export class RuntimeConfigDto {
   @ApiProperty({ type: 'integer', required: false, minimum: 0, maximum: 10, example: 2 })
   max_retries?: number;
 
+  /** How many executions may run at once, in all processes together; the others wait in the order of their arrival */
+  @IsOptional()
+  @IsInt()
+  @Min(1)
+  @Max(100_000)
+  @ApiProperty({ type: 'integer', required: false, minimum: 1, maximum: 100_000, example: 20 })
+  max_concurrency?: number;
+
   /** How long an execution with `on_disconnect: "cancel"` goes on without a subscriber, in ms */
   @IsOptional()
   @IsInt()

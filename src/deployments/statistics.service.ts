@@ -1,5 +1,6 @@
 import { Injectable } from '@nestjs/common';
 import { Pool } from 'pg';
+import { LONG_QUERY_TIMEOUT_MS } from '../database/data-source.js';
 import type { Deployment } from '../database/entities/deployment.entity.js';
 import { AppError } from '../errors.js';
 import type {
@@ -118,7 +119,8 @@ export class StatisticsService {
   ): Promise<StatisticsRow[]> {
     const [seriesFrom = 0] = starts;
     const values = [deploymentId, from, to, new Date(seriesFrom), bucket];
-    return (await this.pool.query<StatisticsRow>(STATISTICS, values)).rows;
+    const statement = { text: STATISTICS, values, query_timeout: LONG_QUERY_TIMEOUT_MS };
+    return (await this.pool.query<StatisticsRow>(statement)).rows;
   }
 
   /** Looked for only where there is one: otherwise the search would pass all executions. */
@@ -129,7 +131,9 @@ export class StatisticsService {
   ): Promise<LastError> {
     const none: LastError = { last_error: null, last_error_at: null };
     if (error_count === 0) return none;
-    const { rows } = await this.pool.query<LastError>(LAST_ERROR, [deploymentId, from, to]);
+    const values = [deploymentId, from, to];
+    const statement = { text: LAST_ERROR, values, query_timeout: LONG_QUERY_TIMEOUT_MS };
+    const { rows } = await this.pool.query<LastError>(statement);
     return rows[0] ?? none;
   }
 }

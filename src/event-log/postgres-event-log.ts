@@ -4,6 +4,7 @@ import { Pool } from 'pg';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { GroupCommit } from '../database/group-commit.js';
+import { Notifications } from '../database/notifications.js';
 import { SessionConnection } from '../database/session-connection.js';
 import { ROW_SEPARATOR } from '../database/row-separator.js';
 import { retryWhileUnavailable } from '../database/unavailable.js';
@@ -58,11 +59,14 @@ export class PostgresEventLog
     private readonly pool: Pool,
     @Inject(CONFIG) private readonly config: ServerConfig,
     private readonly metrics: Metrics,
+    notifications: Notifications,
   ) {
     super();
-    const connectionString = config.DATABASE_URL;
-    this.session = new SessionConnection({ connectionString, setup: ['SET synchronous_commit = off'] });
-    this.notifier = new LogNotifier({ connectionString, pool, subscriptions: this.subscriptions });
+    this.session = new SessionConnection({
+      connectionString: config.DATABASE_URL,
+      setup: ['SET synchronous_commit = off'],
+    });
+    this.notifier = new LogNotifier({ notifications, pool, subscriptions: this.subscriptions });
   }
 
   async onModuleInit(): Promise<void> {
@@ -77,7 +81,8 @@ export class PostgresEventLog
   /** Late, so that executions that end during the shutdown still get their last chunks in. */
   async onApplicationShutdown(): Promise<void> {
     this.shutdown.abort(new Error('The event log is closed.'));
-    await Promise.all([this.notifier.stop(), this.session.close()]);
+    this.notifier.stop();
+    await this.session.close();
   }
 
   open(owner: LogOwner): LogWriter {

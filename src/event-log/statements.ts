@@ -1,8 +1,17 @@
+/** How far the log of an execution goes before a sequence; 0 if it is empty. */
+function lastBefore(executionId: string, sequence: string): string {
+  return `coalesce((
+         SELECT before.last_sequence FROM execution_chunk AS before
+          WHERE before.execution_id = ${executionId} AND before.first_sequence < ${sequence}
+          ORDER BY before.first_sequence DESC LIMIT 1), 0)`;
+}
+
 /**
  * One flush: a row for each execution, in one text parameter, because escaping an array of texts costs more than the
  * rest of the statement. Only the current attempt of a running execution gets in: the share lock makes a newer attempt,
  * which begins with an update of the execution, wait for this statement, and this statement see the newer attempt.
  * A row that is there already, word for word, is this very statement repeated after a lost connection: it was written.
+ * It must follow the row before it: a crash of PostgreSQL can take the last rows away, and no reader may meet a gap.
  */
 export const FLUSH = {
   name: 'event-log-flush',
@@ -12,7 +21,7 @@ export const FLUSH = {
       FROM unnest($1::uuid[], $2::int[], $3::int[], $4::int[], string_to_array($5, E'\\x1e'))
              AS row (execution_id, attempt, first_sequence, last_sequence, chunks)
       JOIN execution USING (execution_id, attempt)
-     WHERE execution.status = 'running'
+     WHERE execution.status = 'running' AND row.first_sequence - 1 = ${lastBefore('row.execution_id', 'row.first_sequence')}
        FOR SHARE OF execution
         ON CONFLICT (execution_id, first_sequence) DO UPDATE SET last_sequence = excluded.last_sequence
            WHERE stored.chunks = excluded.chunks
@@ -23,7 +32,8 @@ export const FLUSH = {
  * The ends of several executions, each with its terminal chunk and its deployment's counters, in one transaction.
  * A cancellation that was requested wins over every other end, since its client was told that the execution is cancelled.
  * Deployments are locked in the order of their ids, so that two processes can't wait for each other. An end
- * that is there already, word for word, counts: the statement was repeated after a lost connection.
+ * that is there already, word for word, counts: the statement was repeated after a lost connection. Like a flush, the
+ * terminal chunk must follow the chunk before it.
  */
 export const END = {
   name: 'event-log-end',
@@ -47,6 +57,7 @@ export const END = {
         FROM ending
        WHERE execution.execution_id = ending.execution_id AND execution.attempt = ending.attempt
          AND execution.status IN ('queued', 'running')
+         AND ending.sequence - 1 = ${lastBefore('ending.execution_id', 'ending.sequence')}
       RETURNING execution.execution_id, execution.attempt, execution.deployment_id, execution.status, execution.error, execution.finished_at
     ), logged AS (
       INSERT INTO execution_chunk (execution_id, first_sequence, last_sequence, chunks)

@@ -10,6 +10,7 @@ import { ChunkSerializer } from '../event-log/chunk.js';
 import { Metrics } from '../metrics.js';
 import { ModelRegistry } from '../models/model-registry.js';
 import { ExecutionQueue } from '../queue/execution-queue.js';
+import { ExecutionsAdmission } from './executions.admission.js';
 import type { AcceptedExecution, ExecuteDto } from './executions.dto.js';
 
 /** Printable ASCII: what every HTTP library sends and returns unchanged. */
@@ -24,8 +25,8 @@ const ACCEPT = {
   text: `
     WITH accepted AS (
       INSERT INTO execution (execution_id, deployment_id, deployment_name, environment, workflow_id, revision_id, status,
-                             input, created_at, idempotency_key)
-      VALUES ($1, $2, $3, $4, $5, $6, 'queued', $7, $8, $9)
+                             input, created_at, idempotency_key, admitted)
+      VALUES ($1, $2, $3, $4, $5, $6, 'queued', $7, $8, $9, $11)
           ON CONFLICT (idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
       RETURNING execution_id)
     INSERT INTO execution_chunk (execution_id, first_sequence, last_sequence, chunks)
@@ -48,6 +49,7 @@ export class ExecutionsAcceptance {
     private readonly pool: Pool,
     private readonly deployments: DeploymentsService,
     private readonly queue: ExecutionQueue,
+    private readonly admission: ExecutionsAdmission,
     private readonly models: ModelRegistry,
     private readonly metrics: Metrics,
   ) {}
@@ -55,7 +57,7 @@ export class ExecutionsAcceptance {
   /**
    * Commits an execution and puts it into the queue. The row decides: an execution whose way into the queue failed is put
    * there by the workers' sweep. A request that repeats an earlier one with its `idempotencyKey` gets that one's execution.
-   * Rejects with `deployment_not_found`, `override_not_allowed`, `idempotency_key_invalid` or `idempotency_key_reused`.
+   * Rejects with `deployment_not_found`, `override_not_allowed`, `idempotency_key_invalid`, `idempotency_key_reused` or `queue_full`.
    */
   async accept(request: ExecuteDto, idempotencyKey?: string): Promise<AcceptedExecution> {
     const earlier = await this.findEarlier(request, idempotencyKey);
@@ -68,8 +70,11 @@ export class ExecutionsAcceptance {
       allowed: runtime_config.allowed_overrides,
       models: this.models,
     });
+    await this.admission.takePlace();
 
     const { deployment_id, deployment_name, environment, workflow_id, revision_id } = deployment;
+    // Those of a deployment with a limit are put into the queue by their admission.
+    const admitted = runtime_config.max_concurrency === undefined;
     const execution_id = uuidv7();
     const created_at = new Date();
     const serializer = new ChunkSerializer({ deployment_name, workflow_id, execution_id });
@@ -77,20 +82,21 @@ export class ExecutionsAcceptance {
     const values = [execution_id, deployment_id, deployment_name, environment, workflow_id, revision_id];
     const inserted = this.pool.query({
       ...ACCEPT,
-      values: [...values, JSON.stringify(input), created_at, idempotencyKey, started],
+      values: [...values, JSON.stringify(input), created_at, idempotencyKey, started, admitted],
     });
     // At the same time, since a worker that is faster than the commit waits for it; with a key there may be no commit.
-    if (idempotencyKey === undefined) this.enqueue(execution_id);
+    if (admitted && idempotencyKey === undefined) this.enqueue(execution_id);
     const { rowCount } = await inserted;
     // The same request won the race for the key, and is there to be found now.
     if (rowCount === 0) return this.accept(request, idempotencyKey);
-    if (idempotencyKey !== undefined) this.enqueue(execution_id);
+    if (!admitted) this.admission.release(deployment_id);
+    else if (idempotencyKey !== undefined) this.enqueue(execution_id);
     this.metrics.executions.inc({ state: 'queued' });
     return { execution_id, status: 'queued', deployment_name, workflow_id, deployment_id, created_at };
   }
 
   private enqueue(executionId: string): void {
-    this.queue.add(executionId).catch((error: unknown) => this.logger.error(error));
+    this.queue.add([executionId]).catch((error: unknown) => this.logger.error(error));
   }
 
   private async findEarlier(

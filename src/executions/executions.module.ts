@@ -7,6 +7,7 @@ import { EventLogModule } from '../event-log/event-log.module.js';
 import { ModelsModule } from '../models/models.module.js';
 import { QueueModule } from '../queue/queue.module.js';
 import { ExecutionsAcceptance } from './executions.acceptance.js';
+import { ExecutionsAdmission } from './executions.admission.js';
 import { StatusEventsModule } from '../status-events/status-events.module.js';
 import { ExecutionStreams } from './execution.stream.js';
 import { ExecuteController, ExecutionsController } from './executions.controller.js';
@@ -32,6 +33,7 @@ import { Subscribers } from './subscribers.js';
   providers: [
     ExecutionStreams,
     ExecutionsAcceptance,
+    ExecutionsAdmission,
     ExecutionsReader,
     ExecutionsService,
     ExecutionsSweep,

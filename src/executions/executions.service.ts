@@ -9,8 +9,9 @@ import { EventLog } from '../event-log/event-log.js';
 import { ExecutionsAcceptance } from './executions.acceptance.js';
 import { ExecutionAcceptedDto, ExecutionDto, executionLinks, isFinal } from './executions.dto.js';
 import type { ExecuteDto, ExecuteResponseDto } from './executions.dto.js';
+import { ExecutionsAdmission } from './executions.admission.js';
 import { ExecutionsReader } from './executions.reader.js';
-import { RunningExecutions } from './running-executions.js';
+import { CANCEL_CHANNEL, RunningExecutions } from './running-executions.js';
 import { Subscribers, onceOver } from './subscribers.js';
 
 /** How long a cancellation waits for the worker, which may be another process, to stop; and how often it looks. */
@@ -21,8 +22,11 @@ const LAST_CANCEL_POLL_MS = 100;
 const REQUEST_CANCEL = {
   name: 'execution-request-cancel',
   text: `
-    UPDATE execution SET cancel_requested_at = coalesce(cancel_requested_at, now())
-     WHERE execution_id = $1 AND status IN ('queued', 'running') RETURNING *`,
+    WITH requested AS (
+      UPDATE execution SET cancel_requested_at = coalesce(cancel_requested_at, now())
+       WHERE execution_id = $1 AND status IN ('queued', 'running') RETURNING *
+    )
+    SELECT requested.*, pg_notify('${CANCEL_CHANNEL}', execution_id::text) FROM requested`,
 };
 
 const STATUS = { name: 'execution-status', text: 'SELECT status FROM execution WHERE execution_id = $1' };
@@ -36,6 +40,7 @@ export class ExecutionsService {
     private readonly log: EventLog,
     private readonly reader: ExecutionsReader,
     private readonly running: RunningExecutions,
+    private readonly admission: ExecutionsAdmission,
     private readonly subscribers: Subscribers,
   ) {}
 
@@ -79,8 +84,10 @@ export class ExecutionsService {
       const { rows } = await this.pool.query<Execution>({ ...REQUEST_CANCEL, values: [executionId] });
       const [requested] = rows;
       // One that was taken up before has more than its first chunk; the worker that gets it ends it.
-      if (requested?.status === 'queued' && requested.attempt === 0)
+      if (requested?.status === 'queued' && requested.attempt === 0) {
         await this.running.end(requested, 1, { status: 'cancelled' });
+        this.admission.release(requested.deployment_id);
+      }
       if (requested) {
         this.running.cancel(requested.execution_id);
         await this.waitForEnd(executionId);

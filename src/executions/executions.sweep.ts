@@ -9,16 +9,22 @@ import { Retention } from './retention.js';
 import { Subscribers } from './subscribers.js';
 
 const SWEEP_MS = 10_000;
-const SWEEP_ROWS = 500;
+const PAGE = 500;
 
-/** Accepted executions that are not in the queue, and how old they must be to count as lost. */
-const LOST = {
-  name: 'execution-lost',
+/** How many executions must be in the queue. */
+const COUNT_UNFINISHED = {
+  name: 'execution-count-unfinished',
+  text: `SELECT count(*)::int AS unfinished FROM execution WHERE admitted AND status IN ('queued', 'running')`,
+};
+
+/** Executions that must be in the queue, the oldest first, but for those whose way into it may take a moment still. */
+const UNFINISHED = {
+  name: 'execution-unfinished',
   text: `
     SELECT execution_id FROM execution
-     WHERE (status = 'queued' AND created_at < now() - $1 * interval '1 ms')
-        OR (status = 'running' AND started_at < now() - 6 * $1 * interval '1 ms')
-     ORDER BY execution_id LIMIT $2`,
+     WHERE admitted AND status IN ('queued', 'running') AND created_at < now() - $1 * interval '1 ms'
+       AND ($2::uuid IS NULL OR execution_id > $2)
+     ORDER BY execution_id LIMIT $3`,
 };
 
 /** Mends every few seconds what a process that died, or a queue that was emptied, left behind, and deletes what is old. Every worker does it. */
@@ -66,12 +72,21 @@ export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy 
     }
   }
 
-  /** Puts unfinished executions that the queue has lost back into it; those that are in it stay where they are. */
+  /**
+   * Puts unfinished executions that the queue has lost back into it; those that are in it stay where they are. An execution
+   * that runs is in the queue as well: if it is not, its worker has lost its lock, or is about to find that out.
+   */
   private async requeueLost(): Promise<void> {
-    const { rows } = await this.pool.query<{ execution_id: string }>({
-      ...LOST,
-      values: [SWEEP_MS, SWEEP_ROWS],
-    });
-    for (const { execution_id } of rows) await this.queue.add(execution_id);
+    const { rows } = await this.pool.query<{ unfinished: number }>(COUNT_UNFINISHED);
+    const { waiting, active } = await this.queue.size();
+    // All of them, if the queue was emptied; else the oldest, since it may hold some that have ended just now.
+    const isComplete = waiting + active >= (rows[0]?.unfinished ?? 0);
+    let last: string | undefined;
+    do {
+      const values = [SWEEP_MS, last, PAGE];
+      const { rows: page } = await this.pool.query<{ execution_id: string }>({ ...UNFINISHED, values });
+      if (page.length > 0) await this.queue.add(page.map(({ execution_id }) => execution_id));
+      last = page.length === PAGE ? page.at(-1)?.execution_id : undefined;
+    } while (last !== undefined && !isComplete && !this.shutdown.signal.aborted);
   }
 }

@@ -6,13 +6,15 @@ import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import type { Execution } from '../database/entities/execution.entity.js';
 import type { Step } from '../database/entities/step.entity.js';
+import { isUnavailable } from '../database/unavailable.js';
 import { DeploymentsService } from '../deployments/deployments.service.js';
 import type { CompiledRevision } from '../deployments/deployments.service.js';
 import { AppError } from '../errors.js';
 import { EventLog, FencedError } from '../event-log/event-log.js';
 import { Metrics } from '../metrics.js';
 import { ModelRegistry } from '../models/model-registry.js';
-import { ExecutionQueue } from '../queue/execution-queue.js';
+import { ExecutionQueue, LockLostError } from '../queue/execution-queue.js';
+import { ExecutionsAdmission } from './executions.admission.js';
 import { ExecutionRun, isCheckpoint } from './execution-run.js';
 import { RunningExecutions } from './running-executions.js';
 import { StepStore } from './step-store.js';
@@ -22,19 +24,31 @@ const ROW_WAIT_MS = 10_000;
 /** How soon a worker looks again: that commit is a matter of a millisecond, or the database is slow. */
 const FIRST_ROW_POLL_MS = 1;
 const LAST_ROW_POLL_MS = 100;
-/** An execution that was taken up this often without an end is given up, since it may be what stops its workers. */
-const MOST_ATTEMPTS = 10;
+
 /**
- * Takes the execution: from here on `attempt` is its fencing token, and an older attempt can write nothing. The commit
+ * Takes the execution: from here on `attempt` is its fencing token, and an older attempt can write nothing. One that is
+ * "running" already has lost its worker; what makes progress between two losses is not what stops its workers. The commit
  * does not wait for the disk, since nobody was told of it: were it lost, the execution would be claimed again.
  */
 const CLAIM = {
   name: 'execution-claim',
   text: `
     WITH relaxed AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
-    UPDATE execution SET status = 'running', attempt = attempt + 1, started_at = coalesce(started_at, now())
+    UPDATE execution SET status = 'running', attempt = attempt + 1, started_at = coalesce(started_at, now()),
+           lost_attempts = CASE
+             WHEN status = 'queued' THEN lost_attempts
+             WHEN EXISTS (SELECT 1 FROM step WHERE step.execution_id = execution.execution_id
+                             AND step.attempt = execution.attempt AND step.status = 'completed') THEN 1
+             ELSE lost_attempts + 1
+           END
       FROM relaxed
      WHERE execution_id = $1 AND status IN ('queued', 'running') RETURNING execution.*`,
+};
+
+/** Says that another worker may go on, and that this one was not lost. Nothing, if the execution is not this attempt's any more. */
+const HAND_BACK = {
+  name: 'execution-hand-back',
+  text: `UPDATE execution SET status = 'queued' WHERE execution_id = $1 AND attempt = $2 AND status = 'running'`,
 };
 
 const HAS_ENDED = {
@@ -71,6 +85,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
     private readonly models: ModelRegistry,
     private readonly steps: StepStore,
     private readonly running: RunningExecutions,
+    private readonly admission: ExecutionsAdmission,
     private readonly metrics: Metrics,
   ) {}
 
@@ -99,6 +114,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
       if (revision instanceof AppError) {
         const { code, message } = revision;
         await this.running.end(execution, left.lastSequence, { status: 'error', code, error: message });
+        this.admission.release(execution.deployment_id);
         return;
       }
       if (execution.input.on_disconnect === 'cancel') {
@@ -119,12 +135,32 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
         letGo,
         cancelled,
       });
+      if (revision.runtime_config.max_concurrency !== undefined) {
+        this.admission.release(execution.deployment_id);
+      }
     } catch (error) {
+      const isDefect = !(
+        error instanceof FencedError ||
+        error instanceof LockLostError ||
+        isUnavailable(error)
+      );
+      const isHandedBack = !isDefect && (await this.handBack(execution));
       // Another attempt owns it: there is nothing left to do for this one.
-      if (!(error instanceof FencedError)) throw error;
-      this.logger.warn(error.message);
+      if (error instanceof FencedError && !isHandedBack) return this.logger.warn(error.message);
+      throw error;
     } finally {
       this.running.remove(executionId, cancelled);
+    }
+  }
+
+  /** @returns whether the execution was still this attempt's. While the database is away, it counts as one that lost its worker. */
+  private async handBack({ execution_id, attempt }: Execution): Promise<boolean> {
+    try {
+      const { rowCount } = await this.pool.query({ ...HAND_BACK, values: [execution_id, attempt] });
+      return rowCount === 1;
+    } catch (error) {
+      this.logger.warn(error);
+      return true;
     }
   }
 
@@ -144,9 +180,14 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
   }
 
   /** What to run, or why it can't be run: what stopped several workers, or does not compile, would only do so again. */
-  private async findRevision({ attempt, revision_id }: Execution): Promise<CompiledRevision | AppError> {
-    if (attempt > MOST_ATTEMPTS) {
-      return new AppError('worker_lost', `It was taken up ${MOST_ATTEMPTS} times and never came to its end.`);
+  private async findRevision({
+    lost_attempts,
+    revision_id,
+  }: Execution): Promise<CompiledRevision | AppError> {
+    const most = this.config.MAX_LOST_ATTEMPTS;
+    if (lost_attempts >= most) {
+      const times = most === 1 ? 'once' : `${most} times in a row`;
+      return new AppError('worker_lost', `Its worker was lost ${times}, and no step came to its end.`);
     }
     return this.deployments.revision(revision_id).catch((error: unknown) => {
       if (error instanceof AppError) return error;

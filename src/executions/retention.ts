@@ -3,6 +3,7 @@ import { Inject, Injectable, Logger } from '@nestjs/common';
 import { Pool } from 'pg';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
+import { LONG_QUERY_TIMEOUT_MS } from '../database/data-source.js';
 
 /** Executions and chunks of a batch, about: a transaction of some ten milliseconds. */
 const BATCH_EXECUTIONS = 200;
@@ -59,7 +60,9 @@ export class Retention {
   private async deleteAll(statement: string, signal: AbortSignal): Promise<number> {
     let total = 0;
     for (let batch = 0; batch < MOST_BATCHES && !signal.aborted; batch++) {
-      const { rowCount } = await this.pool.query(statement, [this.config.EVENT_RETENTION_DAYS]);
+      const values = [this.config.EVENT_RETENTION_DAYS];
+      const query = { text: statement, values, query_timeout: LONG_QUERY_TIMEOUT_MS };
+      const { rowCount } = await this.pool.query(query);
       if (!rowCount) break;
       total += rowCount;
       await sleep(PAUSE_MS, undefined, { signal }).catch(() => undefined); // an abort: the loop ends

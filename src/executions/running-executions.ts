@@ -2,11 +2,14 @@ import { Injectable, Logger } from '@nestjs/common';
 import type { OnApplicationShutdown } from '@nestjs/common';
 import { Pool } from 'pg';
 import type { Execution } from '../database/entities/execution.entity.js';
+import { Notifications } from '../database/notifications.js';
 import { EventLog, FencedError } from '../event-log/event-log.js';
 import type { ExecutionEnd } from '../event-log/event-log.js';
 import { Metrics } from '../metrics.js';
 
-/** How often a worker looks whether one of its executions was cancelled at another process, or lost its last subscriber. */
+/** Where it is said which execution is to be cancelled, with its id. */
+export const CANCEL_CHANNEL = 'agent_studio_cancel';
+/** How often a worker looks for that in case a notification was lost, and for executions that lost their last subscriber. */
 const CANCEL_POLL_MS = 500;
 /** How long an execution that is to be cancelled without subscribers waits for one, where its deployment says nothing. */
 const DISCONNECT_GRACE_MS = 5000;
@@ -46,7 +49,10 @@ export class RunningExecutions implements OnApplicationShutdown {
     private readonly pool: Pool,
     private readonly log: EventLog,
     private readonly metrics: Metrics,
-  ) {}
+    notifications: Notifications,
+  ) {
+    notifications.listen(CANCEL_CHANNEL, { onNotification: (executionId) => this.cancel(executionId) });
+  }
 
   /** Late: what still runs during the shutdown can be cancelled. */
   onApplicationShutdown(): void {
@@ -78,7 +84,7 @@ export class RunningExecutions implements OnApplicationShutdown {
     this.metrics.runningExecutions.set(this.runs.size);
   }
 
-  /** Stops the run if this process has it; another process finds the request in the database. */
+  /** Stops the run if this process has it. */
   cancel(executionId: string): void {
     this.runs.get(executionId)?.controller.abort(new CancelledError('The execution was cancelled.'));
   }

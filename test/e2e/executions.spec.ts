@@ -299,3 +299,19 @@ it('an execution that was accepted before a redeployment runs the graph that it 
     await accepting.close();
   }
 });
+
+it('a worker answers probes and scrapes, and says who answers the rest', async () => {
+  const worker = await startTestApp({ ROLE: 'worker' });
+  try {
+    const client = new Studio(worker.url);
+    expect((await client.json('/health/ready')).status).toBe(200);
+    expect(await client.metric('agent_studio_queue_depth')).toBe(0);
+    for (const path of ['/api/executions', '/api/docs', '/api/workflows/execute']) {
+      const { status, body } = await client.json<{ code: string; detail: string }>(path);
+      expect([status, body.code]).toEqual([404, 'not_found']);
+      expect(body.detail).toContain('ROLE=api');
+    }
+  } finally {
+    await worker.close();
+  }
+});

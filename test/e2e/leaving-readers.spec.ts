@@ -60,6 +60,8 @@ function startServer(env: Record<string, string>): Promise<ServerProcess> {
     MODEL_PROVIDERS: JSON.stringify({ upstream: provider }),
     HEARTBEAT_INTERVAL_MS: '3600000',
     STREAM_FLUSH_INTERVAL_MS: '1',
+    // The database is held up on purpose, for as long as it takes to look at everything.
+    DATABASE_TIMEOUT_MS: '600000',
     ...env,
   });
 }

@@ -10,8 +10,8 @@ it('the migrations make exactly the schema of the entities, also when several pr
   try {
     await Promise.all(
       sources.map(async (source) => {
+        await migrate(database.url);
         await source.initialize();
-        await migrate(source, database.url);
       }),
     );
     const { upQueries } = await first.driver.createSchemaBuilder().log();

@@ -23,6 +23,8 @@ export interface RuntimeConfig {
   timeout?: number;
   /** How often a model call that failed before its first token is repeated. */
   max_retries?: number;
+  /** How many executions may run at once, in all processes; the others wait in the order of their arrival. */
+  max_concurrency?: number;
   /** How long an execution that asks for `on_disconnect: "cancel"` is kept without a subscriber, in ms. */
   disconnect_grace_ms?: number;
   /** Names of the runtime overrides that callers may use; all of them if absent. */

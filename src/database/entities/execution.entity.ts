@@ -11,6 +11,10 @@ export const EXECUTION_STATUSES = ['queued', 'running', 'completed', 'error', 'c
   where: 'idempotency_key IS NOT NULL',
 })
 @Index('execution_log_kept', ['finished_at'], { where: 'log_deleted_at IS NULL AND finished_at IS NOT NULL' })
+@Index('execution_admitted', ['deployment_id'], { where: "admitted AND status IN ('queued', 'running')" })
+@Index('execution_held_back', ['deployment_id', 'execution_id'], {
+  where: "NOT admitted AND status = 'queued'",
+})
 @Index('execution_unfinished', ['status'], { where: "status IN ('queued', 'running')" })
 export class Execution {
   /** A UUID of version 7, so that ids ascend in the order of acceptance. */
@@ -38,6 +42,14 @@ export class Execution {
   /** How often a worker took it up: the fencing token of its log. */
   @Column('integer', { default: 0 })
   attempt: number;
+
+  /** Attempts in a row whose worker was lost, without a step that came to its end in between. */
+  @Column('integer', { default: 0 })
+  lost_attempts: number;
+
+  /** False while it waits for others of its deployment to end (`max_concurrency`), and is not in the queue. */
+  @Column('boolean', { default: true })
+  admitted: boolean;
 
   @Column('json')
   input: ExecutionInput;

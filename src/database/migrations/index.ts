@@ -3,6 +3,7 @@ import { IdempotencyKey1795409219638 } from './1795409219638-IdempotencyKey.js';
 import { StatusEvents1795410971064 } from './1795410971064-StatusEvents.js';
 import { LogRetention1795411603992 } from './1795411603992-LogRetention.js';
 import { Subscribers1795415875837 } from './1795415875837-Subscribers.js';
+import { Recovery1795611915650 } from './1795611915650-Recovery.js';
 
 /** Every migration, oldest first. They only go forward. */
 export const migrations = [
@@ -11,4 +12,5 @@ export const migrations = [
   StatusEvents1795410971064,
   LogRetention1795411603992,
   Subscribers1795415875837,
+  Recovery1795611915650,
 ];
