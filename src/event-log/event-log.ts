@@ -11,9 +11,10 @@ export interface LogBatch {
   terminal: boolean;
 }
 
-/** What makes a worker the owner of an execution's log. `attempt` is the fencing token: a newer one shuts it out. */
+/** What makes a worker the owner of an execution's log. */
 export interface LogOwner extends ChunkOrigin {
-  attempt: number;
+  /** The fencing token that its claim was given: a newer one shuts it out. */
+  fence: number;
   /** Highest sequence that is in the log already. */
   last_sequence: number;
 }
@@ -60,7 +61,7 @@ export class FencedError extends Error {
  * knows an execution's id and a sequence can go on reading there, in any process and after any crash.
  */
 export abstract class EventLog {
-  /** Takes over the log of an execution; the caller has just made `owner.attempt` the execution's current attempt. */
+  /** Takes over the log of an execution; the caller has just made `owner.fence` the execution's. */
   abstract open(owner: LogOwner): LogWriter;
 
   /**

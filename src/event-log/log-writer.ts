@@ -136,8 +136,7 @@ export class ExecutionLogWriter implements LogWriter {
   }
 
   private fencedError(): FencedError {
-    const { execution_id, attempt } = this.owner;
-    return new FencedError(`Attempt ${attempt} of execution ${execution_id} is no longer its owner.`);
+    return new FencedError(`The execution ${this.owner.execution_id} is not this attempt's any more.`);
   }
 
   private settle(): void {

@@ -25,7 +25,7 @@ const READ_BYTES = 64 * 1024;
 
 interface EndedRow {
   execution_id: string;
-  attempt: number;
+  fence: number;
   status: TerminalStatus;
 }
 
@@ -175,7 +175,7 @@ export class PostgresEventLog
     const stopTimer = this.metrics.logFlushDuration.startTimer();
     const values = [
       `{${rows.map(({ writer }) => writer.owner.execution_id).join()}}`,
-      `{${rows.map(({ writer }) => writer.owner.attempt).join()}}`,
+      `{${rows.map(({ writer }) => writer.owner.fence).join()}}`,
       `{${rows.map(({ batch }) => batch.first).join()}}`,
       `{${rows.map(({ batch }) => batch.last).join()}}`,
       rows.map(({ text }) => text).join(ROW_SEPARATOR),
@@ -221,7 +221,7 @@ export class PostgresEventLog
     const ends = items.map(({ end }) => end);
     const values = [
       items.map(({ writer }) => writer.owner.execution_id),
-      items.map(({ writer }) => writer.owner.attempt),
+      items.map(({ writer }) => writer.owner.fence),
       ends.map((end) => end.status),
       ends.map((end) => end.code ?? null),
       ends.map((end) => end.error?.replaceAll('\u0000', '\ufffd') ?? null), // `text` can't hold U+0000
@@ -265,6 +265,6 @@ export class PostgresEventLog
   }
 }
 
-function keyOf({ execution_id, attempt }: { execution_id: string; attempt: number }): string {
-  return `${execution_id}:${attempt}`;
+function keyOf({ execution_id, fence }: { execution_id: string; fence: number }): string {
+  return `${execution_id}:${fence}`;
 }

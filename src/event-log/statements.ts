@@ -19,8 +19,8 @@ export const FLUSH = {
     INSERT INTO execution_chunk AS stored (execution_id, first_sequence, last_sequence, chunks)
     SELECT row.execution_id, row.first_sequence, row.last_sequence, row.chunks
       FROM unnest($1::uuid[], $2::int[], $3::int[], $4::int[], string_to_array($5, E'\\x1e'))
-             AS row (execution_id, attempt, first_sequence, last_sequence, chunks)
-      JOIN execution USING (execution_id, attempt)
+             AS row (execution_id, fence, first_sequence, last_sequence, chunks)
+      JOIN execution USING (execution_id, fence)
      WHERE execution.status = 'running' AND row.first_sequence - 1 = ${lastBefore('row.execution_id', 'row.first_sequence')}
        FOR SHARE OF execution
         ON CONFLICT (execution_id, first_sequence) DO UPDATE SET last_sequence = excluded.last_sequence
@@ -43,7 +43,7 @@ export const END = {
         $1::uuid[], $2::int[], $3::text[], $4::text[], $5::text[], string_to_array($6, E'\\x1e'), $7::int[], $8::int[],
         $9::timestamptz[], $10::timestamptz[], $11::int[], string_to_array($12, E'\\x1e'),
         string_to_array($13, E'\\x1e')
-      ) AS item (execution_id, attempt, status, code, error, response, input_tokens, output_tokens,
+      ) AS item (execution_id, fence, status, code, error, response, input_tokens, output_tokens,
                  first_chunk_at, finished_at, sequence, chunk, cancelled_chunk)
     ), ended AS (
       UPDATE execution SET
@@ -55,14 +55,14 @@ export const END = {
              first_chunk_at = coalesce(execution.first_chunk_at, ending.first_chunk_at),
              finished_at = ending.finished_at, last_sequence = ending.sequence
         FROM ending
-       WHERE execution.execution_id = ending.execution_id AND execution.attempt = ending.attempt
+       WHERE execution.execution_id = ending.execution_id AND execution.fence = ending.fence
          AND execution.status IN ('queued', 'running')
          AND ending.sequence - 1 = ${lastBefore('ending.execution_id', 'ending.sequence')}
-      RETURNING execution.execution_id, execution.attempt, execution.deployment_id, execution.status, execution.error, execution.finished_at
+      RETURNING execution.execution_id, execution.fence, execution.deployment_id, execution.status, execution.error, execution.finished_at
     ), logged AS (
       INSERT INTO execution_chunk (execution_id, first_sequence, last_sequence, chunks)
       SELECT execution_id, sequence, sequence, CASE WHEN ended.status = ending.status THEN chunk ELSE cancelled_chunk END
-        FROM ending JOIN ended USING (execution_id, attempt)
+        FROM ending JOIN ended USING (execution_id, fence)
     ), locked AS MATERIALIZED (
       SELECT deployment_id FROM deployment
        WHERE deployment_id IN (SELECT deployment_id FROM ended) ORDER BY deployment_id FOR NO KEY UPDATE
@@ -85,10 +85,10 @@ export const END = {
                 FROM ended JOIN locked USING (deployment_id) GROUP BY deployment_id) AS ends
        WHERE deployment.deployment_id = ends.deployment_id
     )
-    SELECT execution_id, attempt, status FROM ended
+    SELECT execution_id, fence, status FROM ended
     UNION
-    SELECT execution_id, attempt, execution.status
-      FROM ending JOIN execution USING (execution_id, attempt) JOIN execution_chunk AS stored USING (execution_id)
+    SELECT execution_id, fence, execution.status
+      FROM ending JOIN execution USING (execution_id, fence) JOIN execution_chunk AS stored USING (execution_id)
      WHERE stored.first_sequence = ending.sequence AND stored.chunks IN (ending.chunk, ending.cancelled_chunk)`,
 };
 

@@ -215,7 +215,7 @@ export class ExecutionRun implements RunObserver {
   }
 
   private save(step: Step, after: Promise<void> = Promise.resolve()): Promise<void> {
-    const saved = after.then(() => this.options.steps.save(step));
+    const saved = after.then(() => this.options.steps.save(step, this.options.execution.fence));
     this.saving.add(saved);
     saved.then(
       () => this.saving.delete(saved),

@@ -26,7 +26,8 @@ const FIRST_ROW_POLL_MS = 1;
 const LAST_ROW_POLL_MS = 100;
 
 /**
- * Takes the execution: from here on `attempt` is its fencing token, and an older attempt can write nothing. One that is
+ * Takes the execution: from here on `fence` is its fencing token, and an older attempt can write nothing. It is random and
+ * not the number of the attempt, which comes again if PostgreSQL crashes before the claim is on its disk. One that is
  * "running" already has lost its worker; what makes progress between two losses is not what stops its workers. The commit
  * does not wait for the disk, since nobody was told of it: were it lost, the execution would be claimed again.
  */
@@ -34,7 +35,7 @@ const CLAIM = {
   name: 'execution-claim',
   text: `
     WITH relaxed AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
-    UPDATE execution SET status = 'running', attempt = attempt + 1, started_at = coalesce(started_at, now()),
+    UPDATE execution SET status = 'running', attempt = attempt + 1, fence = 1 + (random() * 2147483646)::int, started_at = coalesce(started_at, now()),
            lost_attempts = CASE
              WHEN status = 'queued' THEN lost_attempts
              WHEN EXISTS (SELECT 1 FROM step WHERE step.execution_id = execution.execution_id
@@ -48,7 +49,7 @@ const CLAIM = {
 /** Says that another worker may go on, and that this one was not lost. Nothing, if the execution is not this attempt's any more. */
 const HAND_BACK = {
   name: 'execution-hand-back',
-  text: `UPDATE execution SET status = 'queued' WHERE execution_id = $1 AND attempt = $2 AND status = 'running'`,
+  text: `UPDATE execution SET status = 'queued' WHERE execution_id = $1 AND fence = $2 AND status = 'running'`,
 };
 
 const HAS_ENDED = {
@@ -154,9 +155,9 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
   }
 
   /** @returns whether the execution was still this attempt's. While the database is away, it counts as one that lost its worker. */
-  private async handBack({ execution_id, attempt }: Execution): Promise<boolean> {
+  private async handBack({ execution_id, fence }: Execution): Promise<boolean> {
     try {
-      const { rowCount } = await this.pool.query({ ...HAND_BACK, values: [execution_id, attempt] });
+      const { rowCount } = await this.pool.query({ ...HAND_BACK, values: [execution_id, fence] });
       return rowCount === 1;
     } catch (error) {
       this.logger.warn(error);

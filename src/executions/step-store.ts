@@ -7,7 +7,7 @@ import { ROW_SEPARATOR } from '../database/row-separator.js';
 import { retryWhileUnavailable } from '../database/unavailable.js';
 
 /**
- * Only the current attempt of an execution gets in: the share lock makes a newer one wait for this statement, and this
+ * Only the current attempt of an execution gets in, as its fence ($14) tells: the share lock makes a newer one wait for this statement, and this
  * statement see the newer one. $13 says whether the commit waits for the disk.
  */
 const SAVE = {
@@ -16,13 +16,13 @@ const SAVE = {
     WITH durability AS MATERIALIZED (SELECT set_config('synchronous_commit', $13, true))
     INSERT INTO step (step_id, execution_id, agent_id, status, attempt, output, error, code, input_tokens, output_tokens,
                       started_at, finished_at)
-    SELECT item.step_id, execution_id, item.agent_id, item.status, attempt, nullif(item.output, '')::json, item.error,
+    SELECT item.step_id, execution_id, item.agent_id, item.status, item.attempt, nullif(item.output, '')::json, item.error,
            item.code, item.input_tokens, item.output_tokens, item.started_at, item.finished_at
       FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::int[], string_to_array($6, E'\\x1e'), $7::text[],
-                  $8::text[], $9::int[], $10::int[], $11::timestamptz[], $12::timestamptz[])
+                  $8::text[], $9::int[], $10::int[], $11::timestamptz[], $12::timestamptz[], $14::int[])
              AS item (step_id, execution_id, agent_id, status, attempt, output, error, code, input_tokens, output_tokens,
-                      started_at, finished_at)
-      JOIN execution USING (execution_id, attempt), durability
+                      started_at, finished_at, fence)
+      JOIN execution USING (execution_id, fence), durability
        FOR SHARE OF execution
         ON CONFLICT (execution_id, agent_id) DO UPDATE SET
            status = excluded.status, attempt = excluded.attempt, output = excluded.output, error = excluded.error,
@@ -30,12 +30,14 @@ const SAVE = {
            started_at = excluded.started_at, finished_at = excluded.finished_at`,
 };
 
+type Save = Step & { fence: number };
+
 /** Writes steps, those of all executions that change in the same moment in one statement. */
 @Injectable()
 export class StepStore implements OnApplicationShutdown {
   private readonly logger = new Logger(StepStore.name);
   private readonly shutdown = new AbortController();
-  private readonly saves = new GroupCommit<Step, void>((steps) => this.write(steps));
+  private readonly saves = new GroupCommit<Save, void>((steps) => this.write(steps));
 
   constructor(private readonly pool: Pool) {}
 
@@ -44,11 +46,11 @@ export class StepStore implements OnApplicationShutdown {
   }
 
   /** Resolves after the commit, however long the database is away, or when a newer attempt shuts this one out. Saves of the same step keep their order. */
-  save(step: Step): Promise<void> {
-    return this.saves.add({ ...step });
+  save(step: Step, fence: number): Promise<void> {
+    return this.saves.add({ ...step, fence });
   }
 
-  private async write(saves: Step[]): Promise<void[]> {
+  private async write(saves: Save[]): Promise<void[]> {
     // One statement can't write a row twice: the last state of a step stands for all of them.
     const steps = [...new Map(saves.map((step) => [step.step_id, step])).values()];
     const values = [
@@ -66,6 +68,7 @@ export class StepStore implements OnApplicationShutdown {
       steps.map((step) => step.finished_at),
       // A step that has only begun is no checkpoint.
       steps.some((step) => step.finished_at !== null) ? 'on' : 'off',
+      steps.map((step) => step.fence),
     ];
     await retryWhileUnavailable(() => this.pool.query({ ...SAVE, values }), {
       signal: this.shutdown.signal,

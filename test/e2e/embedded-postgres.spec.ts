@@ -133,16 +133,6 @@ describe('a start', () => {
   });
 });
 
-test('a server that ends by itself is started again, at the same URL and with its data', async () => {
-  const { url } = await start();
-  await query(url, 'create table note as select 42 as answer');
-  const killed = serverOf(dataDir);
-  process.kill(killed, 'SIGKILL');
-  await until('the server to be there again', () => logged.some((line) => line.includes('ready again')));
-  expect(serverOf(dataDir)).not.toBe(killed);
-  expect(await query(url, 'select answer from note')).toBe(42);
-});
-
 describe('after a kill -9 of the app', () => {
   test('the server ends by itself, and what was committed is there again', async () => {
     const app = await startApp();

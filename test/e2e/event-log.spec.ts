@@ -31,11 +31,11 @@ async function begin(): Promise<LogOwner> {
     execution_id: uuidv7(),
     deployment_name: 'd',
     workflow_id: uuidv7(),
-    attempt: 1,
+    fence: 1,
     last_sequence: 0,
   };
   await server.database.query(
-    `INSERT INTO execution (execution_id, deployment_id, deployment_name, environment, workflow_id, revision_id, status, attempt, input, created_at)
+    `INSERT INTO execution (execution_id, deployment_id, deployment_name, environment, workflow_id, revision_id, status, fence, input, created_at)
      VALUES ($1, $2, 'd', 'production', $3, $2, 'running', 1, '{}', now())`,
     [owner.execution_id, uuidv7(), owner.workflow_id],
   );
@@ -43,14 +43,14 @@ async function begin(): Promise<LogOwner> {
 }
 
 async function takeOver(owner: LogOwner): Promise<LogOwner> {
-  await server.database.query('UPDATE execution SET attempt = attempt + 1 WHERE execution_id = $1', [
+  await server.database.query('UPDATE execution SET fence = fence + 1 WHERE execution_id = $1', [
     owner.execution_id,
   ]);
   const [row] = await server.database.query<{ last: number | null }>(
     'SELECT max(last_sequence) AS last FROM execution_chunk WHERE execution_id = $1',
     [owner.execution_id],
   );
-  return { ...owner, attempt: owner.attempt + 1, last_sequence: row?.last ?? 0 };
+  return { ...owner, fence: owner.fence + 1, last_sequence: row?.last ?? 0 };
 }
 
 async function readAll(from: EventLog, executionId: string, after = 0): Promise<Chunk[]> {

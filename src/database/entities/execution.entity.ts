@@ -39,9 +39,13 @@ export class Execution {
   @Column('text')
   status: (typeof EXECUTION_STATUSES)[number];
 
-  /** How often a worker took it up: the fencing token of its log. */
+  /** How often a worker took it up. */
   @Column('integer', { default: 0 })
   attempt: number;
+
+  /** The fencing token of the attempt that owns it and its log: random, 0 before the first one. */
+  @Column('integer', { default: 0 })
+  fence: number;
 
   /** Attempts in a row whose worker was lost, without a step that came to its end in between. */
   @Column('integer', { default: 0 })

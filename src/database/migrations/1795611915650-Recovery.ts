@@ -24,6 +24,10 @@ export class Recovery1795611915650 implements MigrationInterface {
         `);
     await queryRunner.query(`
             ALTER TABLE "execution"
+            ADD "fence" integer NOT NULL DEFAULT '0'
+        `);
+    await queryRunner.query(`
+            ALTER TABLE "execution"
             ADD "admitted" boolean NOT NULL DEFAULT true
         `);
     await queryRunner.query(`
@@ -51,6 +55,9 @@ export class Recovery1795611915650 implements MigrationInterface {
         `);
     await queryRunner.query(`
             ALTER TABLE "execution" DROP COLUMN "admitted"
+        `);
+    await queryRunner.query(`
+            ALTER TABLE "execution" DROP COLUMN "fence"
         `);
     await queryRunner.query(`
             ALTER TABLE "execution" DROP COLUMN "lost_attempts"
