@@ -42,8 +42,11 @@ export interface LogWriter {
   append(content: ChunkContent): void;
   /** Resolves when little enough is waiting for the database; rejects as {@link fenced} says. */
   drain(): Promise<void> | undefined;
-  /** Resolves when everything appended so far is committed; it does not wait for the flush interval. Rejects as {@link fenced} says. */
-  flush(): Promise<void>;
+  /**
+   * Resolves when everything appended so far is committed, with the sequence of the last of it; it does not wait for the
+   * flush interval. Rejects as {@link fenced} says.
+   */
+  flush(): Promise<number>;
   /**
    * Flushes, then writes the terminal chunk and the execution's end in one transaction. Resolves with the status that it
    * ended with: `cancelled`, whatever `end` says, if that was requested before. Rejects as {@link fenced} says.

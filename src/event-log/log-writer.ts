@@ -81,7 +81,7 @@ export class ExecutionLogWriter implements LogWriter {
     return this.flushed();
   }
 
-  async flush(): Promise<void> {
+  async flush(): Promise<number> {
     const last = this.sequence;
     while (this.committedSequence < last) {
       this.fence.signal.throwIfAborted();
@@ -90,6 +90,7 @@ export class ExecutionLogWriter implements LogWriter {
       await this.flushed();
     }
     this.fence.signal.throwIfAborted();
+    return last;
   }
 
   async finish(end: ExecutionEnd): Promise<TerminalStatus> {

@@ -214,8 +214,10 @@ export class ExecutionRun implements RunObserver {
     }
   }
 
-  private save(step: Step, after: Promise<void> = Promise.resolve()): Promise<void> {
-    const saved = after.then(() => this.options.steps.save(step, this.options.execution.fence));
+  /** @param logged resolves once what the step said is in the log, with the sequence of its last chunk */
+  private save(step: Step, logged = Promise.resolve(0)): Promise<void> {
+    const { steps, execution } = this.options;
+    const saved = logged.then((last) => steps.save(step, { fence: execution.fence, logged: last }));
     this.saving.add(saved);
     saved.then(
       () => this.saving.delete(saved),

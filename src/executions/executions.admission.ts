@@ -55,7 +55,7 @@ const COUNT_QUEUED = {
 };
 
 /**
- * Holds executions back: whole ones at the door while too many wait (`MAX_QUEUED`), and accepted ones of a deployment that has as
+ * Holds executions back: new ones at the door while too many wait (`MAX_QUEUED`), and accepted ones of a deployment that has as
  * many in the queue and running as its `max_concurrency` allows. Those wait in the database, in the order of their arrival.
  */
 @Injectable()
@@ -115,8 +115,9 @@ export class ExecutionsAdmission implements OnApplicationBootstrap, OnModuleDest
   }
 
   private count(): Promise<void> {
+    if (this.counting) return this.counting;
     const before = this.taken;
-    this.counting ??= this.pool
+    this.counting = this.pool
       .query<{ queued: number }>({ ...COUNT_QUEUED, values: [this.config.MAX_QUEUED] })
       .then(({ rows }) => {
         // What was taken meanwhile is not committed yet.

@@ -9,6 +9,8 @@ import { Retention } from './retention.js';
 import { Subscribers } from './subscribers.js';
 
 const SWEEP_MS = 10_000;
+/** Soon after the start: perhaps the whole system was down. */
+const FIRST_SWEEP_MS = 1000;
 const PAGE = 500;
 
 /** How many executions must be in the queue. */
@@ -44,7 +46,7 @@ export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy 
   ) {}
 
   onApplicationBootstrap(): void {
-    if (this.config.ROLE !== 'api') this.schedule();
+    if (this.config.ROLE !== 'api') this.schedule(FIRST_SWEEP_MS);
   }
 
   onModuleDestroy(): void {
@@ -52,10 +54,10 @@ export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy 
     clearTimeout(this.timer);
   }
 
-  private schedule(): void {
+  private schedule(delayMs = SWEEP_MS): void {
     this.timer = setTimeout(() => {
       void this.sweep().finally(() => this.shutdown.signal.aborted || this.schedule());
-    }, SWEEP_MS);
+    }, delayMs);
   }
 
   private async sweep(): Promise<void> {

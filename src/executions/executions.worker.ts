@@ -99,7 +99,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
   }
 
   async onModuleDestroy(): Promise<void> {
-    await this.queue.close(this.config.SHUTDOWN_GRACE_MS);
+    await this.queue.stop(this.config.SHUTDOWN_GRACE_MS);
   }
 
   private async run(executionId: string, letGo: AbortSignal): Promise<void> {

@@ -8,7 +8,8 @@ import { retryWhileUnavailable } from '../database/unavailable.js';
 
 /**
  * Only the current attempt of an execution gets in, as its fence ($14) tells: the share lock makes a newer one wait for this statement, and this
- * statement see the newer one. $13 says whether the commit waits for the disk.
+ * statement see the newer one. $13 says whether the commit waits for the disk. The log must go as far as when the step ended
+ * ($15): if PostgreSQL crashed and lost what its agent said, the step has to run again.
  */
 const SAVE = {
   name: 'step-save',
@@ -19,10 +20,13 @@ const SAVE = {
     SELECT item.step_id, execution_id, item.agent_id, item.status, item.attempt, nullif(item.output, '')::json, item.error,
            item.code, item.input_tokens, item.output_tokens, item.started_at, item.finished_at
       FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::int[], string_to_array($6, E'\\x1e'), $7::text[],
-                  $8::text[], $9::int[], $10::int[], $11::timestamptz[], $12::timestamptz[], $14::int[])
+                  $8::text[], $9::int[], $10::int[], $11::timestamptz[], $12::timestamptz[], $14::int[], $15::int[])
              AS item (step_id, execution_id, agent_id, status, attempt, output, error, code, input_tokens, output_tokens,
-                      started_at, finished_at, fence)
+                      started_at, finished_at, fence, logged)
       JOIN execution USING (execution_id, fence), durability
+     WHERE item.logged <= coalesce((SELECT last_sequence FROM execution_chunk
+                                     WHERE execution_chunk.execution_id = item.execution_id
+                                     ORDER BY first_sequence DESC LIMIT 1), 0)
        FOR SHARE OF execution
         ON CONFLICT (execution_id, agent_id) DO UPDATE SET
            status = excluded.status, attempt = excluded.attempt, output = excluded.output, error = excluded.error,
@@ -30,7 +34,14 @@ const SAVE = {
            started_at = excluded.started_at, finished_at = excluded.finished_at`,
 };
 
-type Save = Step & { fence: number };
+/** What makes a step one of the attempt that owns the execution. */
+export interface StepOwner {
+  fence: number;
+  /** Sequence of the last chunk that was in the log when the step ended; 0 for one that has only begun. */
+  logged: number;
+}
+
+type Save = Step & StepOwner;
 
 /** Writes steps, those of all executions that change in the same moment in one statement. */
 @Injectable()
@@ -46,8 +57,8 @@ export class StepStore implements OnApplicationShutdown {
   }
 
   /** Resolves after the commit, however long the database is away, or when a newer attempt shuts this one out. Saves of the same step keep their order. */
-  save(step: Step, fence: number): Promise<void> {
-    return this.saves.add({ ...step, fence });
+  save(step: Step, owner: StepOwner): Promise<void> {
+    return this.saves.add({ ...step, ...owner });
   }
 
   private async write(saves: Save[]): Promise<void[]> {
@@ -69,6 +80,7 @@ export class StepStore implements OnApplicationShutdown {
       // A step that has only begun is no checkpoint.
       steps.some((step) => step.finished_at !== null) ? 'on' : 'off',
       steps.map((step) => step.fence),
+      steps.map((step) => step.logged),
     ];
     await retryWhileUnavailable(() => this.pool.query({ ...SAVE, values }), {
       signal: this.shutdown.signal,

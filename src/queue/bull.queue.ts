@@ -1,5 +1,6 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 import { Inject, Injectable, Logger } from '@nestjs/common';
+import type { OnApplicationShutdown } from '@nestjs/common';
 import { Queue, WaitingError, Worker, createPostgresBackend, createRedisBackend } from 'bullmq';
 import type { BackendFactory, ConnectionOptions, IQueueBackend } from 'bullmq';
 import { CONFIG } from '../config.js';
@@ -34,7 +35,7 @@ type CreateBackend = BackendFactory<Backend, ConnectionOptions>;
  * statements need not wait for the disk.
  */
 @Injectable()
-export class BullQueue extends ExecutionQueue {
+export class BullQueue extends ExecutionQueue implements OnApplicationShutdown {
   private readonly logger = new Logger(BullQueue.name);
   private readonly connection: ConnectionOptions;
   private readonly createBackend: CreateBackend;
@@ -71,19 +72,19 @@ export class BullQueue extends ExecutionQueue {
 
   process(handler: ExecutionHandler, concurrency: number): void {
     const lock = this.config.JOB_LOCK_MS;
-    let leases: JobLeases | undefined;
     const createBackend: CreateBackend = (name, options, kind) => {
       const backend = unhurried(this.createBackend(name, options, kind));
-      this.leases = leases = new JobLeases(backend, lock, this.metrics);
+      this.leases = new JobLeases(backend, lock, this.metrics);
       return backend;
     };
     this.worker = new Worker(
       QUEUE_NAME,
       async (job, token) => {
+        const { leases } = this;
         if (!job.id || !token || !leases)
           throw new Error('BullMQ handed over a job without an id or a lock.');
         const lease = leases.hold(job.id, token);
-        await this.run(lease, handler).finally(() => leases?.release(lease));
+        await this.run(lease, handler).finally(() => leases.release(lease));
       },
       {
         connection: this.connection,
@@ -110,14 +111,16 @@ export class BullQueue extends ExecutionQueue {
     return { waiting: waiting + prioritized + delayed, active };
   }
 
-  async close(graceMs: number): Promise<void> {
-    const { worker, leases } = this;
-    if (worker) {
-      const reason = new LockLostError('This worker is shutting down.');
-      const deadline = setTimeout(() => leases?.abandonAll(reason), graceMs);
-      await worker.close().finally(() => clearTimeout(deadline));
-      leases?.stop();
-    }
+  async stop(graceMs: number): Promise<void> {
+    const reason = new LockLostError('This worker is shutting down.');
+    const deadline = setTimeout(() => this.leases?.abandonAll(reason), graceMs);
+    await this.worker?.close();
+    clearTimeout(deadline);
+    this.leases?.stop();
+  }
+
+  /** Late: until the HTTP server has closed, it accepts executions, and they want to get into the queue. */
+  async onApplicationShutdown(): Promise<void> {
     await this.queue.close();
   }
 

@@ -18,12 +18,12 @@ export abstract class ExecutionQueue {
   /** Puts executions into the queue. Adding one that is already in it does nothing. */
   abstract add(executionIds: string[]): Promise<void>;
 
-  /** Starts to take executions out of the queue, `concurrency` at once, until {@link close}. */
+  /** Starts to take executions out of the queue, `concurrency` at once, until {@link stop}. */
   abstract process(handler: ExecutionHandler, concurrency: number): void;
 
   /** How many executions wait for a worker, and how many a worker has. Rejects when the queue's server can't be reached. */
   abstract size(): Promise<{ waiting: number; active: number }>;
 
   /** Takes no further execution, gives the running ones `graceMs`, then aborts their signals and hands them back. */
-  abstract close(graceMs: number): Promise<void>;
+  abstract stop(graceMs: number): Promise<void>;
 }

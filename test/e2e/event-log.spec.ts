@@ -4,6 +4,7 @@ import { v7 as uuidv7 } from 'uuid';
 import type { Chunk } from '../../src/event-log/chunk.js';
 import { EventLog, FencedError } from '../../src/event-log/event-log.js';
 import type { LogOwner } from '../../src/event-log/event-log.js';
+import { StepStore } from '../../src/executions/step-store.js';
 import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
 
@@ -124,6 +125,59 @@ describe('an older attempt', () => {
       expect(sequences(chunks)).toEqual(upTo(chunks.length));
       expect(chunks.filter(({ status }) => status !== undefined)).toHaveLength(1);
     }
+  });
+});
+
+describe('a crash of PostgreSQL that took the last chunks away', () => {
+  async function crashed() {
+    const owner = await begin();
+    const writer = log.open(owner);
+    writer.append(content('kept'));
+    await writer.flush();
+    writer.append(content('lost'));
+    const logged = await writer.flush();
+    await server.database.query(
+      'DELETE FROM execution_chunk WHERE execution_id = $1 AND first_sequence = $2',
+      [owner.execution_id, logged],
+    );
+    return { owner, writer, logged };
+  }
+
+  it('leaves no gap: the writer that goes on beyond them is shut out, in the middle and at its end', async () => {
+    const { owner, writer } = await crashed();
+    writer.append(content('more'));
+    await expect(writer.flush()).rejects.toThrow(FencedError);
+    const another = await crashed();
+    await expect(another.writer.finish(END)).rejects.toThrow(FencedError);
+    for (const { execution_id } of [owner, another.owner]) {
+      const chunks = await readSome(log, execution_id, 1);
+      expect(chunks.map(({ data }) => data)).toEqual(['kept']);
+    }
+  });
+
+  it('leaves no checkpoint of a step that said them', async () => {
+    const { owner, logged } = await crashed();
+    const step = {
+      step_id: uuidv7(),
+      execution_id: owner.execution_id,
+      agent_id: 'a',
+      status: 'completed',
+      attempt: 1,
+      output: 'kept lost',
+      error: null,
+      code: null,
+      input_tokens: 0,
+      output_tokens: 0,
+      started_at: new Date(),
+      finished_at: new Date(),
+    } as const;
+    const steps = server.app.get(StepStore);
+    const saved = () =>
+      server.database.query('SELECT 1 FROM step WHERE execution_id = $1', [owner.execution_id]);
+    await steps.save(step, { fence: owner.fence, logged });
+    expect(await saved()).toHaveLength(0);
+    await steps.save(step, { fence: owner.fence, logged: logged - 1 });
+    expect(await saved()).toHaveLength(1);
   });
 });
 
