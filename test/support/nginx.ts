@@ -1,4 +1,4 @@
-import { spawn, spawnSync } from 'node:child_process';
+import { spawn } from 'node:child_process';
 import type { ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
 import { mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
@@ -6,10 +6,11 @@ import { createServer } from 'node:net';
 import type { AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { findNginx } from '../../scripts/stack/nginx.mjs';
 import { until } from './studio.js';
 
-/** The program, if it is installed; the folder of system programs is not on everybody's path. */
-export const NGINX = ['nginx', '/usr/sbin/nginx'].find((program) => spawnSync(program, ['-v']).status === 0);
+/** The program, if it is installed. */
+export const NGINX = findNginx();
 
 /** A real nginx before a server, with all that it has in a folder of its own. Runs as whoever runs the test. */
 export class Nginx {

@@ -4,8 +4,13 @@ import { join } from 'node:path';
 /** Process ids of the PostgreSQL servers with data below a folder, without their child processes. */
 export function serversBelow(folder: string): number[] {
   // A server and its children work in the data folder.
-  const pids = processIds().filter((pid) => workingDirectory(pid)?.startsWith(`${folder}/`));
+  const pids = processesBelow(folder);
   return pids.filter((pid) => !pids.includes(processFields(pid)?.parent ?? 0));
+}
+
+/** Process ids of the programs that work in a folder below this one. */
+export function processesBelow(folder: string): number[] {
+  return processIds().filter((pid) => workingDirectory(pid)?.startsWith(`${folder}/`));
 }
 
 /** Process id of the server that serves an app's data folder, or did so last. */
@@ -44,9 +49,32 @@ function processIds(): number[] {
 }
 
 function workingDirectory(pid: number): string | undefined {
+  return linkOf(`/proc/${pid}/cwd`);
+}
+
+function linkOf(path: string): string | undefined {
   try {
-    return readlinkSync(`/proc/${pid}/cwd`);
+    return readlinkSync(path);
   } catch {
     return undefined; // it has just ended, or belongs to somebody else
+  }
+}
+
+/** Which of some processes has the TCP connection between these two ports of 127.0.0.1, at its first end (Linux). */
+export function ownerOfConnection(ports: [number, number], pids: number[]): number | undefined {
+  const [local, remote] = ports.map((port) => `0100007F:${port.toString(16).toUpperCase().padStart(4, '0')}`);
+  const lines = readFileSync('/proc/net/tcp', 'utf8').trim().split('\n').slice(1);
+  // proc_net_tcp: fields 1 and 2 are the addresses, field 9 is the inode.
+  const sockets = lines.map((line) => line.trim().split(/\s+/));
+  const socket = sockets.find((fields) => fields[1] === local && fields[2] === remote);
+  return pids.find((pid) => openFiles(pid).includes(`socket:[${socket?.[9]}]`));
+}
+
+function openFiles(pid: number): string[] {
+  const folder = `/proc/${pid}/fd`;
+  try {
+    return readdirSync(folder).flatMap((file) => linkOf(join(folder, file)) ?? []);
+  } catch {
+    return []; // it has just ended
   }
 }
