@@ -98,7 +98,7 @@ export class JobLeases {
   }
 
   private async renew(now: number): Promise<void> {
-    const isDue = ({ renewedAt }: JobLease) => now - renewedAt >= this.lockMs / 3 || now < renewedAt;
+    const isDue = ({ renewedAt }: JobLease) => now - renewedAt >= this.lockMs / 5 || now < renewedAt;
     const due = [...this.held].filter(isDue);
     // Asked in vain where nothing is due: after an outage it tells that the server is there again.
     if (due.length === 0 && this.searchFrom !== Infinity) return;

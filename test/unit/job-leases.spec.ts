@@ -62,7 +62,7 @@ describe('the lock of a job that this process holds', () => {
     const lease = leases.hold('a', '1');
     await pass(20_000);
     const renewed = locks.renewals.filter((jobIds) => jobIds.includes('a')).length;
-    expect(renewed).toBe(10);
+    expect(renewed).toBe(20);
     expect(lease.controller.signal.aborted).toBe(false);
     leases.release(lease);
     await pass(20_000);
