@@ -92,6 +92,7 @@ const schema = z.object({
   WORKER_CONCURRENCY: integer(1, 10_000, 200),
   MODEL_PROVIDERS: modelProviders,
   STREAM_FLUSH_INTERVAL_MS: integer(0, 10_000, 10),
+  DURABLE_CHUNKS: z.enum(['true', 'false'], 'must be true or false').default('false'),
   HEARTBEAT_INTERVAL_MS: integer(100, 3_600_000, 15_000),
   JOB_LOCK_MS: integer(1000, 600_000, 5000),
   MAX_LOST_ATTEMPTS: integer(1, 1000, 5),

@@ -23,6 +23,28 @@ import { END, FLUSH, READ } from './statements.js';
 const READ_ROWS = 64;
 const READ_BYTES = 64 * 1024;
 
+/** Readers that share a statement at most. */
+const SHARED_READS = 100;
+
+interface ReadPosition {
+  executionId: string;
+  after: number;
+}
+
+interface ReadRow {
+  /** From 1 on, in the order in which they were asked for. */
+  reader: number;
+  first_sequence: number;
+  last_sequence: number;
+  chunks: string;
+}
+
+/** `more`: the read was cut, there may be further rows. */
+interface StoredChunks {
+  batch: LogBatch | undefined;
+  more: boolean;
+}
+
 interface EndedRow {
   execution_id: string;
   fence: number;
@@ -36,7 +58,7 @@ interface WriterEnd {
 
 /**
  * The event log on PostgreSQL: one row a flush and execution, one statement for all executions of the process.
- * Chunks commit without waiting for the disk (`synchronous_commit=off`: a crash of PostgreSQL itself can lose the last
+ * Unless `DURABLE_CHUNKS` is set, chunks commit without waiting for the disk (a crash of PostgreSQL itself can lose the last
  * moments, but never leaves a gap), ends commit with it.
  */
 @Injectable()
@@ -51,6 +73,10 @@ export class PostgresEventLog
   private readonly ends = new GroupCommit<WriterEnd, TerminalStatus | undefined>((items) =>
     this.commitEnds(items),
   );
+  private readonly reads = new GroupCommit<ReadPosition, StoredChunks>(
+    (positions) => this.readStored(positions),
+    SHARED_READS,
+  );
   private readonly shutdown = new AbortController();
   private readonly session: SessionConnection;
   private readonly notifier: LogNotifier;
@@ -64,7 +90,7 @@ export class PostgresEventLog
     super();
     this.session = new SessionConnection({
       connectionString: config.DATABASE_URL,
-      setup: ['SET synchronous_commit = off'],
+      setup: [`SET synchronous_commit = ${config.DURABLE_CHUNKS === 'true' ? 'on' : 'off'}`],
     });
     this.notifier = new LogNotifier({ notifications, pool, subscriptions: this.subscriptions });
   }
@@ -100,8 +126,9 @@ export class PostgresEventLog
       while (!signal.aborted && !subscription.closed) {
         let batch = subscription.take(cursor);
         if (!batch && subscription.isBehind(cursor)) {
+          const isShared = !subscription.isUncertain;
           subscription.beginCatchUp(cursor);
-          const stored = await this.catchUp(executionId, cursor, signal);
+          const stored = await this.catchUp({ executionId, after: cursor }, { signal, isShared });
           if (!stored) return;
           if (stored.more) subscription.invalidate();
           batch = stored.batch;
@@ -131,36 +158,47 @@ export class PostgresEventLog
     return this.ends.add({ writer, end });
   }
 
-  /** Reads on when the database is back; undefined once `signal` aborted. */
-  private async catchUp(executionId: string, cursor: number, signal: AbortSignal) {
+  /**
+   * What is stored after the cursor. Readers who were woken by a notification wait for little each, and share a statement: one
+   * for each of them would cost more than all the rest. Reads on when the database is back; undefined once `signal` aborted.
+   */
+  private async catchUp(
+    from: ReadPosition,
+    { signal, isShared }: { signal: AbortSignal; isShared: boolean },
+  ): Promise<StoredChunks | undefined> {
     const onRetry = (error: unknown) => this.logger.debug(error);
+    const read = async () => (isShared ? this.reads.add(from) : (await this.readStored([from]))[0]);
     try {
-      return await retryWhileUnavailable(() => this.readStored(executionId, cursor), { signal, onRetry });
+      return await retryWhileUnavailable(read, { signal, onRetry });
     } catch (error) {
       if (signal.aborted) return undefined;
       throw error;
     }
   }
 
-  /** The next chunks after `cursor` from the table; `more`: the read was cut, there may be further rows. */
-  private async readStored(
-    executionId: string,
-    cursor: number,
-  ): Promise<{ batch?: LogBatch; more: boolean }> {
-    const { rows } = await this.pool.query<{ first_sequence: number; last_sequence: number; chunks: string }>(
-      {
-        ...READ,
-        values: [executionId, cursor, READ_ROWS, READ_BYTES],
-      },
-    );
-    let batch: LogBatch | undefined;
-    let bytes = 0;
+  /** The next chunks of each reader from the table. */
+  private async readStored(from: ReadPosition[]): Promise<StoredChunks[]> {
+    const values = [
+      `{${from.map(({ executionId }) => executionId).join()}}`,
+      `{${from.map(({ after }) => after).join()}}`,
+      READ_ROWS,
+      READ_BYTES,
+    ];
+    const { rows } = await this.pool.query<ReadRow>({ ...READ, values });
+    const found = from.map(() => ({ batch: undefined as LogBatch | undefined, rows: 0, characters: 0 }));
     for (const row of rows) {
-      bytes += row.chunks.length;
-      batch = join(batch, trim(batchOf(row), cursor));
+      const reader = found[row.reader - 1];
+      const after = from[row.reader - 1]?.after;
+      if (!reader || after === undefined) continue;
+      reader.batch = join(reader.batch, trim(batchOf(row), after));
+      reader.rows++;
+      reader.characters += row.chunks.length;
     }
     // A character takes at most three bytes in UTF-8, so this errs on the side of one read too many.
-    return { batch, more: rows.length >= READ_ROWS - 1 || bytes * 3 >= READ_BYTES };
+    return found.map(({ batch, rows, characters }) => ({
+      batch,
+      more: rows >= READ_ROWS - 1 || characters * 3 >= READ_BYTES,
+    }));
   }
 
   /** Writes what waits. It never rejects: while the database is away it tries again, and the producers are held by `drain`. */
