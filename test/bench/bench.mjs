@@ -1,5 +1,5 @@
 /*
- * npm run bench [-- options]: what the streams of Agent Studio cost. Three suites, which take less than 6 minutes together.
+ * npm run bench [-- options]: what the streams of Agent Studio cost. Four suites, which take less than 9 minutes together.
  * Each one prints its figures, then all targets are judged. Any stream that is not what it should be (`started` first, no
  * gap in the sequence, as many chunks of content as the model said, `completed` last) fails the run (exit code 1); a
  * missed target does not.
@@ -49,18 +49,42 @@
  *   core            % of a core that the server used during one heartbeat interval; PostgreSQL: that PostgreSQL used
  *   closed after    s from the last client's leaving until `agent_studio_open_streams` is 0
  *
+ * Suite `processes`: Agent Studio as several processes on one database. Less than 3 minutes, in three parts:
+ * `live`: 20 and 100 streams whose model says 50 chunks a second each, through
+ *   a  one process        ROLE=all: what was committed is handed to the readers in memory
+ *   b  api + worker       ROLE=api and ROLE=worker: the api process is notified, and reads from the table
+ *   p50 / p95       ms from the upstream's writing of a chunk, whose text says when that was, to the client's reading it;
+ *                   of the chunks that were written while all streams were live
+ *   server          CPU µs per chunk, of both processes together in b; PostgreSQL: as above
+ * Here all processes of Agent Studio share the server's core: a and b have the same hardware, so that their difference is
+ * what crossing costs and not what another core gives. Where "core" is near 100, the core was full, and the time is that
+ * of waiting for it; look at the CPU then.
+ * `recovery`: 20 such streams, an api process and two workers, of which the one with the most executions is killed
+ * (SIGKILL). New processes each time, with the default of JOB_LOCK_MS and with 1000; pinned like `live`.
+ *   s               from the kill until the first new chunk (`restarted`) of each of its executions, p50 and the longest
+ * `scaling`: an api process, through which 100 clients read, and 1, 2 and 4 workers, to and fro.
+ *   chunks/s        without delay and with 5 ms a token, and times those of 1 worker in the same round
+ *   executions/s    tiny ones of a `template` agent, from the first POST execute/async until the last one has ended
+ *   servers         % of a core that all processes of Agent Studio used, with 1 / 2 / 4 workers; rest: as above
+ * Here they may use all cores, and everything else still shares one of them. On a machine with two cores everything
+ * competes for both: there the ratios say how much workers are in each other's way, and nothing about what they give
+ * where each one has a core.
+ *
  * Options
- *   --suite NAME      some of the suites: throughput, resume, readers, separated by commas
- *   --quick           a first look: one round, `throughput` with 1 and 100 streams; about 2 minutes, `throughput`
- *                     alone less than 40 s
+ *   --suite NAME      some of the suites: throughput, resume, readers, processes, separated by commas
+ *   --quick           a first look: one round, `throughput` with 1 and 100 streams; about 3 minutes, `throughput`
+ *                     alone less than 40 s; `processes`, with the short JOB_LOCK_MS only, less than 60 s
  *   --json FILE       all figures of all rounds
  *   --dist FOLDER     a build of Agent Studio other than `dist`
+ *   --profile FOLDER  a CPU profile of every server and cell of `throughput` and of `live` (it slows them down); opens in
+ *                     Chrome's DevTools
  * Options of `throughput`
  *   --only a,c        some of the servers
  *   --streams 1,100   some numbers of streams
  *   --delay 0         some delays of the upstream, ms a token
  *   --rounds 3        at most; fewer are run where the time would not suffice
- *   --profile FOLDER  a CPU profile of every server and cell (it slows them down); opens in Chrome's DevTools
+ * Option of `processes`
+ *   --parts live      some of its parts, separated by commas
  * Environment: BENCH_DATABASE_URL, a postgres:// URL of a server on which databases may be created; by default
  * PostgreSQL is started in a temporary folder.
  */
@@ -73,13 +97,20 @@ import { parseArgs } from 'node:util';
 import { createDatabase, startPostgres } from './postgres.mjs';
 import { pin } from './processes.mjs';
 import { judgeTargets, render, summarize, toJson } from './report.mjs';
-import { SERVERS, startLoad, startUpstream } from './servers.mjs';
+import { SERVERS, startAgentStudio, startLoad, startUpstream } from './servers.mjs';
+import { StudioProcesses } from './studio-processes.mjs';
+import { PARTS, measureProcesses } from './suites/processes.mjs';
 import { measureReaders } from './suites/readers.mjs';
 import { measureResume } from './suites/resume.mjs';
 import { measureThroughput } from './suites/throughput.mjs';
 
 /** By the name that `--suite` takes. */
-const SUITES = { throughput: measureThroughput, resume: measureResume, readers: measureReaders };
+const SUITES = {
+  throughput: measureThroughput,
+  resume: measureResume,
+  readers: measureReaders,
+  processes: measureProcesses,
+};
 
 /** From here on other programs change the figures, first those of few streams. */
 const DISTURBED_PERCENT = 15;
@@ -132,6 +163,7 @@ function readOptions() {
       suite: { type: 'string', default: Object.keys(SUITES).join() },
       quick: { type: 'boolean', default: false },
       only: { type: 'string', default: Object.keys(SERVERS).join() },
+      parts: { type: 'string', default: Object.keys(PARTS).join() },
       streams: { type: 'string' },
       delay: { type: 'string', default: '0,5' },
       rounds: { type: 'string' },
@@ -156,6 +188,7 @@ function readOptions() {
     suites: some('suite', SUITES),
     quick: values.quick,
     only: some('only', SERVERS),
+    parts: some('parts', PARTS),
     streams: numbers('streams', values.streams ?? (values.quick ? '1,100' : '1,20,100'), 1),
     delays: numbers('delay', values.delay, 0),
     rounds: numbers('rounds', values.rounds ?? (values.quick ? '1' : '3'), 1)[0],
@@ -165,7 +198,10 @@ function readOptions() {
   };
 }
 
-/** Starts what all suites need; `startServer` starts one of the servers, Agent Studio with a database of its own. */
+/**
+ * Starts what all suites need; `startServer` starts one of the servers, `startProcesses` Agent Studio with so many workers,
+ * each time with a database of its own.
+ */
 async function start(options, { cleanup, cores, onDeath }) {
   const folder = await cleanup.own(
     () => mkdtemp(join(tmpdir(), 'agent-studio-bench-')),
@@ -185,9 +221,13 @@ async function start(options, { cleanup, cores, onDeath }) {
   }
   const upstream = await launch(() => startUpstream(common));
   const load = await launch(() => startLoad(common));
+  const createOwn = () =>
+    cleanup.own(
+      () => createDatabase(postgres.url),
+      (made) => made.end(),
+    );
   const startServer = async (letter) => {
-    const createOwn = () => createDatabase(postgres.url);
-    const database = letter === 'a' ? await cleanup.own(createOwn, (made) => made.end()) : undefined;
+    const database = letter === 'a' ? await createOwn() : undefined;
     const settings = { ...common, dist, core: cores.server, upstreamUrl: upstream.url };
     const server = await launch(() => SERVERS[letter].start({ ...settings, databaseUrl: database?.url }));
     const end = async () => {
@@ -196,7 +236,15 @@ async function start(options, { cleanup, cores, onDeath }) {
     };
     return { ...server, end };
   };
-  return { startServer, upstream: upstream.child, load: load.child, postgres };
+  const startProcesses = async (workers, { env, core = cores.server } = {}) => {
+    const database = await createOwn();
+    const settings = { ...common, dist, core, env, upstreamUrl: upstream.url, databaseUrl: database.url };
+    const startOne = (role) => launch(() => startAgentStudio({ ...settings, role }));
+    const endOne = (made) => cleanup.end(made);
+    return new StudioProcesses({ startOne, endOne, database }).start(workers);
+  };
+  const children = { upstream: upstream.child, load: load.child };
+  return { startServer, startProcesses, ...children, postgres, allCores: cores.all };
 }
 
 /** Runs the suites one after the other; what they measured, by their names. */

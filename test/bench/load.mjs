@@ -1,8 +1,10 @@
 // The load generator: keeps a number of streams open at once, reads and checks them all.
 import { createConnection } from 'node:net';
 import { answer } from './child.mjs';
+import './askers.mjs';
 import './followers.mjs';
 import { StreamCheck } from './stream-check.mjs';
+import { clockUs } from './streams.mjs';
 
 /** A stream on which nothing came for this long counts as failed, ms. */
 const SILENCE_MS = 15_000;
@@ -15,10 +17,12 @@ class Client {
   /** Streams that it asked for so far. */
   begun = 0;
 
-  constructor(run) {
+  /** @param wait ms until it asks for its first stream */
+  constructor(run, wait) {
     this.run = run;
     this.ended = new Promise((resolve) => (this.end = resolve));
-    this.next();
+    if (wait === 0) this.next();
+    else setTimeout(() => this.next(), wait);
   }
 
   next() {
@@ -29,7 +33,7 @@ class Client {
       return;
     }
     this.begun++;
-    this.check = new StreamCheck();
+    this.check = new StreamCheck({ ...run.expected, onText: run.onText });
     this.firstContentSeen = false;
     this.connect();
     this.asked = this.heard = performance.now();
@@ -52,13 +56,16 @@ class Client {
 
   receive(piece) {
     const { check, run } = this;
-    const before = check.frames;
+    const { frames: before, restarts } = check;
     this.heard = performance.now();
+    if (run.isStamped) run.heardAt = clockUs();
     check.read(piece.latin1Slice());
+    if (check.restarts > restarts) run.restartedAt.push(clockUs());
     if (before === 0 && check.frames > 0) run.firstChunk.push(this.heard - this.asked);
     if (!this.firstContentSeen && check.content > 0) {
       this.firstContentSeen = true;
       run.firstContent.push(this.heard - this.asked);
+      run.allLiveFrom = clockUs();
     }
     if (check.over || check.fault !== undefined) this.settle();
   }
@@ -74,6 +81,7 @@ class Client {
     if (check === undefined) return;
     this.check = undefined;
     run.finished++;
+    run.allLiveUntil ??= clockUs();
     run.chunks += check.content;
     if (check.fault !== undefined) run.fail(check.fault);
     if (check.closes || check.fault !== undefined) {
@@ -91,44 +99,57 @@ process.channel.ref();
 /**
  * Keeps `streams` streams of the server on `port` open for `seconds`, or until every client has read `each` of them, then
  * lets the last ones end.
+ * @param options.ramp ms over which the clients begin, one after the other
+ * @param options.expected what the streams are to be, see {@link StreamCheck}
+ * @param options.isStamped each text is the moment at which the upstream wrote it
  * @returns counts of finished streams and content chunks, ms from the first request to the last stream's end, ms to the
- *   first chunk and to the first content of each stream, and the faults with their counts
+ *   first chunk and to the first content of each stream, and the faults with their counts; `latencies`: µs from the
+ *   upstream to here of each stamped chunk that was written while all streams were live; `restartedAt`: of each
+ *   chunk that said so, see clockUs
  */
-answer('load', async ({ port, path, body, streams, seconds = Infinity, each = Infinity }) => {
-  const begun = performance.now();
-  const faults = {};
-  const run = {
-    port,
-    request: Buffer.from(
-      `POST ${path} HTTP/1.1\r\nHost: 127.0.0.1:${port}\r\nAccept: text/event-stream\r\n` +
-        `Content-Type: application/json\r\nContent-Length: ${Buffer.byteLength(body)}\r\n\r\n${body}`,
-    ),
-    finished: 0,
-    chunks: 0,
-    firstChunk: [],
-    firstContent: [],
-    failed: false,
-    fail: (fault) => {
-      faults[fault] = (faults[fault] ?? 0) + 1;
-      run.failed = true;
-    },
-    isOver: (count) => run.failed || count >= each || performance.now() - begun >= seconds * 1000,
-  };
-  const clients = Array.from({ length: streams }, () => new Client(run));
-  const watch = setInterval(() => {
-    const now = performance.now();
-    for (const client of clients) if (client.check) client.checkSilence(now);
-  }, 1000);
-  await Promise.all(clients.map((client) => client.ended));
-  clearInterval(watch);
-  const ms = performance.now() - begun;
-  return {
-    finished: run.finished,
-    chunks: run.chunks,
-    ms,
-    firstChunk: run.firstChunk,
-    firstContent: run.firstContent,
-    faults,
-  };
-});
+answer(
+  'load',
+  async ({ port, path, body, streams, seconds = Infinity, each = Infinity, ramp = 0, ...check }) => {
+    const begun = performance.now();
+    const faults = {};
+    /** In turn when a chunk was written, and when it came here. */
+    const moments = [];
+    const run = {
+      port,
+      request: Buffer.from(
+        `POST ${path} HTTP/1.1\r\nHost: 127.0.0.1:${port}\r\nAccept: text/event-stream\r\n` +
+          `Content-Type: application/json\r\nContent-Length: ${Buffer.byteLength(body)}\r\n\r\n${body}`,
+      ),
+      finished: 0,
+      chunks: 0,
+      firstChunk: [],
+      firstContent: [],
+      restartedAt: [],
+      failed: false,
+      fail: (fault) => {
+        faults[fault] = (faults[fault] ?? 0) + 1;
+        run.failed = true;
+      },
+      isOver: (count) => run.failed || count >= each || performance.now() - begun >= seconds * 1000,
+      expected: check.expected,
+      isStamped: check.isStamped,
+      onText: check.isStamped ? (text) => moments.push(Number(text), run.heardAt) : undefined,
+    };
+    const clients = Array.from({ length: streams }, (_, index) => new Client(run, (index * ramp) / streams));
+    const watch = setInterval(() => {
+      const now = performance.now();
+      for (const client of clients) if (client.check) client.checkSilence(now);
+    }, 1000);
+    await Promise.all(clients.map((client) => client.ended));
+    clearInterval(watch);
+    const ms = performance.now() - begun;
+    const latencies = [];
+    for (let index = 0; index < moments.length; index += 2) {
+      const [written, heard] = moments.slice(index, index + 2);
+      if (written >= run.allLiveFrom && written < run.allLiveUntil) latencies.push(heard - written);
+    }
+    const { finished, chunks, firstChunk, firstContent, restartedAt } = run;
+    return { finished, chunks, ms, firstChunk, firstContent, restartedAt, latencies, faults };
+  },
+);
 process.send({ ready: true });

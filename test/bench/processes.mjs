@@ -11,7 +11,7 @@ const END_TIMEOUT_MS = 3000;
 
 /**
  * Puts this process, and with it all that it starts, on one core, so that another one is free for the server alone.
- * @returns `{server, others}`: the two cores; or `{reason}` why there is no pinning here
+ * @returns `{server, others, all}`: the two cores, and a list of all that there are; or `{reason}` why there is no pinning here
  */
 export function pin() {
   const list = readStatus(process.pid, 'Cpus_allowed_list');
@@ -28,13 +28,13 @@ export function pin() {
       reason: error.code === 'ENOENT' ? 'there is no taskset here' : `taskset failed: ${error.message}`,
     };
   }
-  return { server, others };
+  return { server, others, all: list };
 }
 
 /** A Node.js process of the benchmark, with child.mjs in it. */
 export class Child {
   /**
-   * @param options.core core to run on; undefined: the benchmark's own
+   * @param options.core core to run on, or a list of them as taskset takes it; undefined: the benchmark's own
    * @param options.onDeath called with an Error when the process ends and nobody asked it to
    */
   constructor(name, { args, env = {}, cwd, core, onDeath }) {
@@ -109,6 +109,13 @@ export class Child {
     const force = setTimeout(() => this.process.kill('SIGKILL'), END_TIMEOUT_MS);
     await this.exited;
     clearTimeout(force);
+  }
+
+  /** Kills it, as the system does when memory runs out; resolves when it is gone. */
+  async kill() {
+    this.ending = true;
+    this.process.kill('SIGKILL');
+    await this.exited;
   }
 }
 

@@ -1,9 +1,10 @@
 // The whole report: what each suite measured, summarized, judged and written.
+import * as processes from './reports/processes.mjs';
 import * as readers from './reports/readers.mjs';
 import * as resume from './reports/resume.mjs';
 import * as throughput from './reports/throughput.mjs';
 
-const REPORTS = { throughput, resume, readers };
+const REPORTS = { throughput, resume, readers, processes };
 
 /** From what the suites measured, by their names, to the figures that are shown; see each one's `summarize`. */
 export function summarize(measured) {

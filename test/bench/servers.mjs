@@ -6,7 +6,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { Child } from './processes.mjs';
 import { AGENT, DEPLOYMENT, modelName } from './streams.mjs';
-import { post } from './studio.mjs';
+import { deploy } from './studio.mjs';
 
 const READY_TIMEOUT_MS = 30_000;
 /** Longer than any model of the benchmark is silent. */
@@ -16,7 +16,7 @@ const script = (name) => fileURLToPath(new URL(`./servers/${name}.mjs`, import.m
 
 /** By the letter that `--only` takes. */
 export const SERVERS = {
-  a: { title: 'Agent Studio', start: startAgentStudio },
+  a: { title: 'Agent Studio', start: startWithDeployment },
   b: { title: 'bare SSE', start: (options) => startBare('bare-sse', options) },
   c: { title: 'bare streamText', start: (options) => startBare('stream-text', options) },
 };
@@ -40,12 +40,31 @@ async function startBare(name, { upstreamUrl, ...options }) {
   return { child, port: await child.ready };
 }
 
-async function startAgentStudio({ upstreamUrl, databaseUrl, dist, ...options }) {
+/** Starts Agent Studio in one process, where the model of the benchmark is deployed. */
+async function startWithDeployment(options) {
+  const server = await startAgentStudio(options);
+  await deployModel(server.url);
+  return server;
+}
+
+/** Deploys the workflow that all suites stream: one agent, whose model each request names. */
+export async function deployModel(url) {
+  const agent = { agent_id: AGENT, agent_type: 'llm', config: { model: `bench/${modelName()}` } };
+  await deploy(url, DEPLOYMENT, agent);
+}
+
+/**
+ * Starts one process of Agent Studio.
+ * @param options.env variables of its configuration
+ */
+export async function startAgentStudio({ upstreamUrl, databaseUrl, dist, role = 'all', env, ...options }) {
   const port = await freePort();
-  const child = new Child('agent-studio', {
+  const child = new Child(role === 'all' ? 'agent-studio' : role, {
     ...options,
     args: [join(dist, 'main.js')],
     env: {
+      ...env,
+      ROLE: role,
       PORT: String(port),
       DATABASE_URL: databaseUrl,
       LOG_LEVEL: 'error',
@@ -56,12 +75,6 @@ async function startAgentStudio({ upstreamUrl, databaseUrl, dist, ...options }) 
   });
   const url = `http://127.0.0.1:${port}`;
   await untilReady(url, child);
-  const agent = { agent_id: AGENT, agent_type: 'llm', config: { model: `bench/${modelName()}` } };
-  const { workflow_id } = await post(`${url}/api/workflows`, {
-    name: DEPLOYMENT,
-    configuration: { agents: [agent] },
-  });
-  await post(`${url}/api/workflows/${workflow_id}/deploy`, { deployment_name: DEPLOYMENT });
   return { child, port, url };
 }
 

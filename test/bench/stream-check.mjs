@@ -4,6 +4,7 @@ import { CHUNKS } from './streams.mjs';
 
 const SEQUENCE = '"sequence":';
 const CONTENT = '{"type":"content"';
+const TEXT = '"data":"';
 
 /** One response: HTTP/1.1 in chunked coding, in it the frames of a stream. All text is latin1, as only ASCII is sent. */
 export class StreamCheck {
@@ -14,6 +15,8 @@ export class StreamCheck {
   over = false;
   /** The server closes the connection after this response. */
   closes = false;
+  /** Times that the agent began again. */
+  restarts = 0;
   /** What is wrong with the stream, once something is. */
   fault = undefined;
 
@@ -25,10 +28,14 @@ export class StreamCheck {
   /**
    * @param options.tokens chunks of content in the whole stream
    * @param options.after sequence after which this response begins
+   * @param options.mayRestart the agent may begin again, with all of its content
+   * @param options.onText called with the text of each chunk of content
    */
-  constructor({ tokens = CHUNKS, after = 0 } = {}) {
+  constructor({ tokens = CHUNKS, after = 0, mayRestart = false, onText } = {}) {
     this.tokens = tokens;
     this.after = after;
+    this.mayRestart = mayRestart;
+    this.onText = onText;
   }
 
   /** Takes the next bytes of the response as text. */
@@ -93,11 +100,23 @@ export class StreamCheck {
     }
     const expected = this.after + this.frames;
     if (sequence !== expected) this.fault ??= `sequence ${sequence} where ${expected} was to come`;
-    if (text.startsWith(CONTENT, data)) this.content++;
+    if (text.startsWith(CONTENT, data)) this.readContent(text, data);
     else this.readStatus(JSON.parse(text.slice(data, text.indexOf('\n', data))));
   }
 
+  readContent(text, data) {
+    this.content++;
+    if (this.onText === undefined) return;
+    const begin = text.indexOf(TEXT, data) + TEXT.length;
+    this.onText(text.slice(begin, text.indexOf('"', begin)));
+  }
+
   readStatus({ status, error }) {
+    if (status === 'restarted' && this.mayRestart) {
+      this.restarts++;
+      this.content = 0;
+      return;
+    }
     if (status === 'started') {
       if (this.after + this.frames !== 1) this.fault ??= '"started" was not the first chunk';
       return;

@@ -29,6 +29,8 @@ const ANSWER = {
   wait: 0,
   /** 1: the answer has no end after its last token. */
   open: 0,
+  /** 1: each token is the moment at which it is written, see {@link clockUs}. */
+  stamp: 0,
 };
 
 /** Name of the model that answers so; the same request goes to every server. */
@@ -40,6 +42,11 @@ export function modelName({ tokens = ANSWER.tokens, delay = ANSWER.delay, ...oth
 export function readModelName(name) {
   const given = [...new URLSearchParams(name)].map(([key, value]) => [key, Number(value)]);
   return { ...ANSWER, ...Object.fromEntries(given) };
+}
+
+/** µs of a clock that all processes of this machine share. */
+export function clockUs() {
+  return Number(process.hrtime.bigint() / 1000n);
 }
 
 /** Token at an index from 0. */

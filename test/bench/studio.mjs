@@ -4,6 +4,7 @@ import { DEPLOYMENT, modelName } from './streams.mjs';
 
 const REQUEST_TIMEOUT_MS = 30_000;
 const POLL_MS = 50;
+const ENDED_POLL_MS = 20;
 
 /** The request that every server gets; what the model answers is in its name (see streams.mjs). */
 export function requestOf(answer) {
@@ -12,6 +13,13 @@ export function requestOf(answer) {
     query: 'Count.',
     runtime_overrides: { model: `bench/${modelName(answer)}` },
   };
+}
+
+/** Deploys a workflow of one agent. */
+export async function deploy(url, deployment_name, agent) {
+  const workflow = { name: deployment_name, configuration: { agents: [agent] } };
+  const { workflow_id } = await post(`${url}/api/workflows`, workflow);
+  await post(`${url}/api/workflows/${workflow_id}/deploy`, { deployment_name });
 }
 
 /** Begins an execution whose model answers so; resolves with its id. */
@@ -51,6 +59,18 @@ export async function untilMetric(url, name, { value, limitMs }) {
     await sleep(POLL_MS);
   }
   return null;
+}
+
+/** Waits until so many executions of a deployment have ended; resolves with how many of them did not complete. */
+export async function untilEnded(url, deploymentName, { count, limitMs }) {
+  const giveUp = performance.now() + limitMs;
+  for (;;) {
+    const answer = await get(`${url}/api/deployments/${deploymentName}`);
+    const { execution_count: ended, success_count: completed } = await answer.json();
+    if (ended >= count) return ended - completed;
+    if (performance.now() > giveUp) throw new Error(`Only ${ended} of ${count} executions have ended.`);
+    await sleep(ENDED_POLL_MS);
+  }
 }
 
 async function get(url) {

@@ -7,29 +7,33 @@ const READINGS = 5;
 const BETWEEN_READINGS_MS = 200;
 const PEAK_INTERVAL_MS = 25;
 
-/** CPU µs so far, and the bytes of memory that the server holds. */
-async function readUsage({ upstream, load, postgres }, server) {
-  const [own, model, client] = await Promise.all([server, upstream, load].map((child) => child.ask('usage')));
+/** CPU µs so far, and the bytes of memory that the servers hold. */
+async function readUsage({ upstream, load, postgres }, servers) {
+  const [model, client, ...own] = await Promise.all(
+    [upstream, load, ...servers].map((child) => child.ask('usage')),
+  );
+  const sum = (key) => own.reduce((total, usage) => total + usage[key], 0);
   const { user, system } = process.cpuUsage();
   return {
-    server: own.cpu,
+    server: sum('cpu'),
     postgres: postgresCpu(postgres?.postmaster),
     upstream: model.cpu,
     load: client.cpu + user + system,
     machine: machineCpu(),
-    rss: own.rss,
+    rss: sum('rss'),
   };
 }
 
 /**
- * Does `work` and says what it cost: CPU µs of `server`, `postgres`, `upstream`, `load` and the whole `machine`, each only
+ * Does `work` and says what it cost: CPU µs of `server` (a process, or a list of them), `postgres`, `upstream`, `load` and the whole `machine`, each only
  * if it could be measured; % of a core that others used; bytes that the server held in the end; and ms.
  */
 export async function withUsage(setup, server, work) {
   const begun = performance.now();
-  const before = await readUsage(setup, server);
+  const servers = [server].flat();
+  const before = await readUsage(setup, servers);
   const result = await work();
-  const after = await readUsage(setup, server);
+  const after = await readUsage(setup, servers);
   const cpu = {};
   for (const key of ['server', 'postgres', 'upstream', 'load', 'machine']) {
     if (before[key] !== undefined && after[key] !== undefined) cpu[key] = after[key] - before[key];

@@ -1,7 +1,10 @@
 // A model provider with the streaming Chat Completions API of OpenAI; what it answers, and how fast, is in the model's name.
 import { createServer } from 'node:http';
 import { announce } from '../child.mjs';
-import { pace, readModelName, token } from '../streams.mjs';
+import { clockUs, pace, readModelName, token } from '../streams.mjs';
+
+/** In a token that is stamped; no text of an event has it otherwise. */
+const STAMP = '@';
 
 /** Ready to be written, so that this server costs as little as can be. */
 const answers = new Map();
@@ -33,9 +36,9 @@ function respond(response, answer) {
   }
   response.write(answer.begin);
   pace(
-    { count: answer.tokens.length, delay },
+    { count: answer.count, delay },
     {
-      write: (index) => response.write(answer.tokens[index]),
+      write: (index) => response.write(answer.tokenAt(index)),
       end: () => end(answer.end),
       isOver: () => response.destroyed,
     },
@@ -43,7 +46,7 @@ function respond(response, answer) {
 }
 
 function prepare(model) {
-  const { tokens: count, size, delay, wait, open } = readModelName(model);
+  const { tokens: count, size, delay, wait, open, stamp } = readModelName(model);
   const event = (fields) =>
     Buffer.from(
       `data: ${JSON.stringify({
@@ -63,5 +66,9 @@ function prepare(model) {
   const usage = { prompt_tokens: 10, completion_tokens: count, total_tokens: count + 10 };
   const last = [event(choice({}, 'stop')), event({ choices: [], usage }), Buffer.from('data: [DONE]\n\n')];
   const end = Buffer.concat(open ? [] : last);
-  return { delay, wait, open, begin, tokens, end, whole: Buffer.concat([begin, ...tokens, end]) };
+  const [before, after] = event(choice({ content: STAMP }))
+    .toString()
+    .split(STAMP);
+  const tokenAt = stamp ? () => before + clockUs() + after : (index) => tokens[index];
+  return { count, delay, wait, open, begin, tokenAt, end, whole: Buffer.concat([begin, ...tokens, end]) };
 }
