@@ -50,6 +50,7 @@ const REFUSALS = [
   'override_not_allowed',
   'deployment_not_found',
   'payload_too_large',
+  'queue_full',
   'unavailable',
 ] as const;
 
