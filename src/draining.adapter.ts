@@ -35,5 +35,6 @@ export class DrainingAdapter extends ExpressAdapter {
     await closed;
     clearInterval(idle);
     clearTimeout(last);
+    await super.close(); // the timer of http.Server
   }
 }

@@ -9,6 +9,7 @@ import { ServerProcess } from './entities/server-process.entity.js';
 import { StatusEvent } from './entities/status-event.entity.js';
 import { Step } from './entities/step.entity.js';
 import { Workflow } from './entities/workflow.entity.js';
+import { StrictClient, timeLimits } from './strict-client.js';
 import { migrations } from './migrations/index.js';
 
 /** Any number that no other program on the same database uses for its advisory locks. */
@@ -17,20 +18,17 @@ const MIGRATION_LOCK = 7_061_923_418;
 /** ms until an unreachable server counts as away. */
 export const CONNECT_TIMEOUT_MS = 4000;
 
-/** ms that a statement may take which reads or deletes much at once. */
-export const LONG_QUERY_TIMEOUT_MS = 60_000;
-
 export interface DatabaseOptions {
   /** `postgres://` URL. */
   url: string;
   /** Connections of the pool at most. */
   poolSize?: number;
-  /** ms after which a statement without an answer counts as failed, as if the server were away; 0: never. */
-  queryTimeoutMs?: number;
+  /** ms that a statement may take; without it, as long as it likes. */
+  timeoutMs?: number;
 }
 
 /** The one description of the database: the app and the migration CLI both use it. It never synchronizes. */
-export function createDataSource({ url, poolSize = 10, queryTimeoutMs = 0 }: DatabaseOptions): DataSource {
+export function createDataSource({ url, poolSize = 10, timeoutMs }: DatabaseOptions): DataSource {
   return new DataSource({
     type: 'postgres',
     url,
@@ -53,7 +51,11 @@ export function createDataSource({ url, poolSize = 10, queryTimeoutMs = 0 }: Dat
     installExtensions: false,
     poolSize,
     connectTimeoutMS: CONNECT_TIMEOUT_MS,
-    extra: { query_timeout: queryTimeoutMs, keepAlive: true },
+    extra: {
+      Client: StrictClient,
+      keepAlive: true,
+      ...(timeoutMs === undefined ? {} : timeLimits(timeoutMs)),
+    },
   });
 }
 
@@ -61,6 +63,7 @@ export function createDataSource({ url, poolSize = 10, queryTimeoutMs = 0 }: Dat
 export async function migrate(url: string): Promise<void> {
   const dataSource = await createDataSource({ url }).initialize();
   const lock = new Client({ connectionString: url, connectionTimeoutMillis: CONNECT_TIMEOUT_MS });
+  lock.on('error', () => undefined); // the statement after it says so
   try {
     await lock.connect();
     await lock.query('SELECT pg_advisory_lock($1)', [MIGRATION_LOCK]);

@@ -6,6 +6,7 @@ import { DataSource } from 'typeorm';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { CONNECT_TIMEOUT_MS, createDataSource, migrate } from './data-source.js';
+import { timeLimits } from './strict-client.js';
 import { Notifications } from './notifications.js';
 
 /** TypeORM for the resources, and a plain `pg` pool for the prepared statements of the hot path. */
@@ -15,7 +16,7 @@ import { Notifications } from './notifications.js';
     TypeOrmModule.forRootAsync({
       inject: [CONFIG],
       useFactory: (config: ServerConfig) => ({
-        ...createDataSource({ url: config.DATABASE_URL, queryTimeoutMs: config.DATABASE_TIMEOUT_MS }).options,
+        ...createDataSource({ url: config.DATABASE_URL, timeoutMs: config.DATABASE_TIMEOUT_MS }).options,
         retryAttempts: 1,
       }),
       dataSourceFactory: async (options) => {
@@ -36,7 +37,7 @@ import { Notifications } from './notifications.js';
           connectionString: config.DATABASE_URL,
           max: config.DATABASE_POOL_SIZE,
           connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
-          query_timeout: config.DATABASE_TIMEOUT_MS,
+          ...timeLimits(config.DATABASE_TIMEOUT_MS),
           keepAlive: true,
           application_name: 'agent-studio',
         }),

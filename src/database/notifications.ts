@@ -21,6 +21,8 @@ export class Notifications implements OnModuleInit, OnApplicationShutdown {
   private readonly logger = new Logger(Notifications.name);
   private readonly handlers = new Map<string, NotificationHandler>();
   private readonly shutdown = new AbortController();
+  /** A connection takes one statement at a time. */
+  private turn: Promise<void> = Promise.resolve();
   private readonly session: SessionConnection;
   // A notification takes a lock of the whole database until its commit, which must not wait for the disk.
   private readonly setup = ['SET synchronous_commit = off'];
@@ -58,13 +60,17 @@ export class Notifications implements OnModuleInit, OnApplicationShutdown {
     this.setup.push(`LISTEN ${channel}`);
   }
 
-  /** Sends payloads of less than 8,000 bytes each, in one statement; for one caller at a time. */
-  async send(channel: string, payloads: string[]): Promise<void> {
-    await this.session.query({
-      name: 'notifications-send',
-      text: 'SELECT pg_notify($1, payload) FROM unnest($2::text[]) AS payload',
-      values: [channel, payloads],
+  /** Sends payloads of less than 8,000 bytes each, in one statement. */
+  send(channel: string, payloads: string[]): Promise<void> {
+    const sent = this.turn.then(async () => {
+      await this.session.query({
+        name: 'notifications-send',
+        text: 'SELECT pg_notify($1, payload) FROM unnest($2::text[]) AS payload',
+        values: [channel, payloads],
+      });
     });
+    this.turn = sent.catch(() => undefined); // its caller is told
+    return sent;
   }
 
   private async connect(): Promise<void> {

@@ -1,9 +1,9 @@
-import { Client } from 'pg';
-import type { QueryConfig, QueryResult, QueryResultRow } from 'pg';
+import type { Client, QueryConfig, QueryResult, QueryResultRow } from 'pg';
 import { CONNECT_TIMEOUT_MS } from './data-source.js';
+import { StrictClient, timeLimits } from './strict-client.js';
 
-/** ms after which a statement without an answer counts as failed: a connection that nothing comes through must be made again. */
-const ANSWER_TIMEOUT_MS = 10_000;
+/** ms that a statement may take: a connection that nothing comes through must be made again. */
+const STATEMENT_MS = 10_000;
 
 export interface SessionOptions {
   connectionString: string;
@@ -25,13 +25,7 @@ export class SessionConnection {
   /** Rejects as pg does, and after 10 s without an answer; the next call then makes a new connection. */
   async query<Row extends QueryResultRow>(query: QueryConfig): Promise<QueryResult<Row>> {
     const client = await this.connected();
-    try {
-      return await client.query<Row>(query);
-    } catch (error) {
-      // pg leaves a connection open on which it still waits for an answer.
-      if (error instanceof Error && error.message === 'Query read timeout') void client.end();
-      throw error;
-    }
+    return client.query<Row>(query);
   }
 
   /** Resolves with the connection once it is set up. */
@@ -55,10 +49,10 @@ export class SessionConnection {
 
   private async connect(forget: () => boolean): Promise<Client> {
     const { connectionString, setup, onConnect } = this.options;
-    const client = new Client({
+    const client = new StrictClient({
       connectionString,
       connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
-      query_timeout: ANSWER_TIMEOUT_MS,
+      ...timeLimits(STATEMENT_MS),
       keepAlive: true,
       application_name: 'agent-studio',
     });
@@ -67,8 +61,13 @@ export class SessionConnection {
     };
     client.on('error', lost);
     client.on('end', () => lost(new Error('Connection terminated')));
-    await client.connect();
-    for (const statement of setup) await client.query(statement);
+    try {
+      await client.connect();
+      for (const statement of setup) await client.query(statement);
+    } catch (error) {
+      void client.end();
+      throw error;
+    }
     onConnect?.(client);
     return client;
   }

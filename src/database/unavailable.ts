@@ -4,7 +4,7 @@ const FIRST_DELAY_MS = 50;
 const LONGEST_DELAY_MS = 1000;
 
 /** SQLSTATE classes and codes of a server that is away, starting, stopping, out of resources or out of time (PostgreSQL, appendix A). */
-const UNAVAILABLE_SQLSTATE = /^(08|53|58|57P0[1-5]|40001|40P01|55P03|25P0[34])/;
+const UNAVAILABLE_SQLSTATE = /^(08|53|58|57P0[1-5]|57014|40001|40P01|55P03|25006|25P0[34])/;
 const UNAVAILABLE_NETWORK = new Set([
   'ECONNREFUSED',
   'ECONNRESET',
@@ -15,9 +15,9 @@ const UNAVAILABLE_NETWORK = new Set([
   'ENOTFOUND',
   'EAI_AGAIN',
 ]);
-/** What `pg` says without a code. */
+/** What `pg` says without a code, and what PostgreSQL says once on each connection after a migration. */
 const UNAVAILABLE_MESSAGE =
-  /^(Connection terminated|timeout e|Client (has encountered|was closed)|Query read timeout)/;
+  /^(Connection terminated|timeout e|Client (has encountered|was closed)|Query read timeout|cached plan must not change)/;
 
 /** True if the database could not be reached or was not able to work, so that the same statement may succeed later. */
 export function isUnavailable(error: unknown): boolean {

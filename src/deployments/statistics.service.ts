@@ -1,7 +1,7 @@
 import { Injectable } from '@nestjs/common';
 import { Pool } from 'pg';
-import { LONG_QUERY_TIMEOUT_MS } from '../database/data-source.js';
 import type { Deployment } from '../database/entities/deployment.entity.js';
+import { queryAtLength } from '../database/query-at-length.js';
 import { AppError } from '../errors.js';
 import type {
   PercentilesDto,
@@ -119,8 +119,7 @@ export class StatisticsService {
   ): Promise<StatisticsRow[]> {
     const [seriesFrom = 0] = starts;
     const values = [deploymentId, from, to, new Date(seriesFrom), bucket];
-    const statement = { text: STATISTICS, values, query_timeout: LONG_QUERY_TIMEOUT_MS };
-    return (await this.pool.query<StatisticsRow>(statement)).rows;
+    return (await queryAtLength<StatisticsRow>(this.pool, { text: STATISTICS, values })).rows;
   }
 
   /** Looked for only where there is one: otherwise the search would pass all executions. */
@@ -132,8 +131,7 @@ export class StatisticsService {
     const none: LastError = { last_error: null, last_error_at: null };
     if (error_count === 0) return none;
     const values = [deploymentId, from, to];
-    const statement = { text: LAST_ERROR, values, query_timeout: LONG_QUERY_TIMEOUT_MS };
-    const { rows } = await this.pool.query<LastError>(statement);
+    const { rows } = await queryAtLength<LastError>(this.pool, { text: LAST_ERROR, values });
     return rows[0] ?? none;
   }
 }

@@ -34,7 +34,7 @@ export interface LogWriterHost {
 
 /** Numbers the chunks of one execution and collects them until the next flush. */
 export class ExecutionLogWriter implements LogWriter {
-  private readonly fence = new AbortController();
+  private readonly shutOff = new AbortController();
   private readonly serializer: ChunkSerializer;
   private chunks: string[] = [];
   private characters = 0;
@@ -59,7 +59,7 @@ export class ExecutionLogWriter implements LogWriter {
   }
 
   get fenced(): AbortSignal {
-    return this.fence.signal;
+    return this.shutOff.signal;
   }
 
   get firstContentAt(): Date | undefined {
@@ -67,7 +67,7 @@ export class ExecutionLogWriter implements LogWriter {
   }
 
   append(content: ChunkContent): void {
-    if (this.fence.signal.aborted) return;
+    if (this.shutOff.signal.aborted) return;
     const line = this.serializer.serialize(content, ++this.sequence);
     this.chunks.push(line);
     this.characters += line.length;
@@ -76,7 +76,7 @@ export class ExecutionLogWriter implements LogWriter {
   }
 
   drain(): Promise<void> | undefined {
-    if (this.fence.signal.aborted) return Promise.reject(this.fence.signal.reason);
+    if (this.shutOff.signal.aborted) return Promise.reject(this.shutOff.signal.reason);
     if (this.characters < HIGH_WATER_MARK) return undefined;
     return this.flushed();
   }
@@ -84,12 +84,12 @@ export class ExecutionLogWriter implements LogWriter {
   async flush(): Promise<number> {
     const last = this.sequence;
     while (this.committedSequence < last) {
-      this.fence.signal.throwIfAborted();
+      this.shutOff.signal.throwIfAborted();
       this.urgent = true;
       if (!this.inFlight) this.host.schedule(this);
       await this.flushed();
     }
-    this.fence.signal.throwIfAborted();
+    this.shutOff.signal.throwIfAborted();
     return last;
   }
 
@@ -105,7 +105,7 @@ export class ExecutionLogWriter implements LogWriter {
     const ended = await this.host.end(this, { ...end, sequence, chunk, cancelled_chunk, finished_at });
     if (ended) return ended;
     this.shutOut();
-    throw this.fence.signal.reason;
+    throw this.shutOff.signal.reason;
   }
 
   /** Everything that waits, as one row; it counts as in flight until {@link committed} or {@link shutOut}. */
@@ -130,7 +130,7 @@ export class ExecutionLogWriter implements LogWriter {
 
   /** Nothing of this writer goes into the log any more: a newer attempt owns the execution, or writing failed for good. */
   shutOut(reason: unknown = this.fencedError()): void {
-    this.fence.abort(reason);
+    this.shutOff.abort(reason);
     this.chunks = [];
     this.characters = 0;
     this.settle();
@@ -154,6 +154,6 @@ export class ExecutionLogWriter implements LogWriter {
       this.drained = { promise, resolve };
     }
     await this.drained.promise;
-    this.fence.signal.throwIfAborted();
+    this.shutOff.signal.throwIfAborted();
   }
 }

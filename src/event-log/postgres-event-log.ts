@@ -203,12 +203,7 @@ export class PostgresEventLog
 
   /** Writes what waits. It never rejects: while the database is away it tries again, and the producers are held by `drain`. */
   private async flush(): Promise<void> {
-    const rows: PendingRow[] = [];
-    for (const writer of this.dirty) {
-      const row = writer.takeRow();
-      if (row) rows.push(row);
-    }
-    this.dirty.clear();
+    const rows = this.takeRows();
     if (rows.length === 0) return;
     const stopTimer = this.metrics.logFlushDuration.startTimer();
     const values = [
@@ -230,6 +225,19 @@ export class PostgresEventLog
       if (!this.shutdown.signal.aborted) this.logger.error(error);
       rows.forEach(({ writer }) => writer.shutOut(error));
     }
+  }
+
+  /** A row of each execution: where two attempts of one write in this process, the statement's answer can't tell them apart. */
+  private takeRows(): PendingRow[] {
+    const rows = new Map<string, PendingRow>();
+    for (const writer of this.dirty) {
+      if (rows.has(writer.owner.execution_id)) continue;
+      this.dirty.delete(writer);
+      const row = writer.takeRow();
+      if (row) rows.set(writer.owner.execution_id, row);
+    }
+    if (this.dirty.size > 0) this.flushes.request(0);
+    return [...rows.values()];
   }
 
   private settle(rows: PendingRow[], written: Set<string>): void {

@@ -17,7 +17,7 @@ import { CancelledError } from './running-executions.js';
 import type { StepStore } from './step-store.js';
 
 export interface ExecutionRunOptions {
-  /** The row as claimed: its `attempt` is this run's. */
+  /** The row as claimed: its `fence` is this run's. */
   execution: Execution;
   revision: CompiledRevision;
   /** Highest sequence in its log. */

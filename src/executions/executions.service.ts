@@ -11,7 +11,7 @@ import { ExecutionAcceptedDto, ExecutionDto, executionLinks, isFinal } from './e
 import type { ExecuteDto, ExecuteResponseDto } from './executions.dto.js';
 import { ExecutionsAdmission } from './executions.admission.js';
 import { ExecutionsReader } from './executions.reader.js';
-import { CANCEL_CHANNEL, RunningExecutions } from './running-executions.js';
+import { RunningExecutions } from './running-executions.js';
 import { Subscribers, onceOver } from './subscribers.js';
 
 /** How long a cancellation waits for the worker, which may be another process, to stop; and how often it looks. */
@@ -22,11 +22,8 @@ const LAST_CANCEL_POLL_MS = 100;
 const REQUEST_CANCEL = {
   name: 'execution-request-cancel',
   text: `
-    WITH requested AS (
-      UPDATE execution SET cancel_requested_at = coalesce(cancel_requested_at, now())
-       WHERE execution_id = $1 AND status IN ('queued', 'running') RETURNING *
-    )
-    SELECT requested.*, pg_notify('${CANCEL_CHANNEL}', execution_id::text) FROM requested`,
+    UPDATE execution SET cancel_requested_at = coalesce(cancel_requested_at, now())
+     WHERE execution_id = $1 AND status IN ('queued', 'running') RETURNING *`,
 };
 
 const STATUS = { name: 'execution-status', text: 'SELECT status FROM execution WHERE execution_id = $1' };

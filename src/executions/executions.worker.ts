@@ -6,7 +6,8 @@ import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import type { Execution } from '../database/entities/execution.entity.js';
 import type { Step } from '../database/entities/step.entity.js';
-import { isUnavailable } from '../database/unavailable.js';
+import { queryAtLength } from '../database/query-at-length.js';
+import { isUnavailable, retryWhileUnavailable } from '../database/unavailable.js';
 import { DeploymentsService } from '../deployments/deployments.service.js';
 import type { CompiledRevision } from '../deployments/deployments.service.js';
 import { AppError } from '../errors.js';
@@ -24,6 +25,8 @@ const ROW_WAIT_MS = 10_000;
 /** How soon a worker looks again: that commit is a matter of a millisecond, or the database is slow. */
 const FIRST_ROW_POLL_MS = 1;
 const LAST_ROW_POLL_MS = 100;
+/** How long an execution waits, beyond the grace period, for a database that is away, to be handed back in order. */
+const HAND_BACK_MS = 5000;
 
 /**
  * Takes the execution: from here on `fence` is its fencing token, and an older attempt can write nothing. It is random and
@@ -63,19 +66,17 @@ const LAST_SEQUENCE = {
   text: `SELECT last_sequence FROM execution_chunk WHERE execution_id = $1 ORDER BY first_sequence DESC LIMIT 1`,
 };
 /** Which of some agents are in the log: an agent may have spoken though the row of its step was lost. */
-const SPEAKERS = {
-  name: 'execution-speakers',
-  text: `
+const SPEAKERS = `
     SELECT agent_id FROM unnest($2::text[]) AS agent (agent_id)
      WHERE EXISTS (SELECT 1 FROM execution_chunk WHERE execution_id = $1
-                      AND strpos(chunks, '"agent_id":"' || agent.agent_id || '"') > 0)`,
-};
+                      AND strpos(chunks, '"agent_id":"' || agent.agent_id || '"') > 0)`;
 const STEPS = { name: 'execution-steps', text: 'SELECT * FROM step WHERE execution_id = $1' };
 
 /** Takes executions out of the queue and runs them. */
 @Injectable()
 export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy {
   private readonly logger = new Logger(ExecutionsWorker.name);
+  private readonly shutdown = new AbortController();
 
   constructor(
     @Inject(CONFIG) private readonly config: ServerConfig,
@@ -99,7 +100,12 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
   }
 
   async onModuleDestroy(): Promise<void> {
+    const last = setTimeout(
+      () => this.shutdown.abort(new Error('The worker is closed.')),
+      this.config.SHUTDOWN_GRACE_MS + HAND_BACK_MS,
+    );
     await this.queue.stop(this.config.SHUTDOWN_GRACE_MS);
+    clearTimeout(last);
   }
 
   private async run(executionId: string, letGo: AbortSignal): Promise<void> {
@@ -146,18 +152,21 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
         isUnavailable(error)
       );
       const isHandedBack = !isDefect && (await this.handBack(execution));
-      // Another attempt owns it: there is nothing left to do for this one.
-      if (error instanceof FencedError && !isHandedBack) return this.logger.warn(error.message);
+      // Another attempt owns it, so its job is another worker's: if it is not, the queue has to have it again.
+      if (error instanceof FencedError && !isHandedBack) throw new LockLostError(error.message);
       throw error;
     } finally {
       this.running.remove(executionId, cancelled);
     }
   }
 
-  /** @returns whether the execution was still this attempt's. While the database is away, it counts as one that lost its worker. */
+  /** @returns whether the execution was still this attempt's. If the database is away until the end, its worker counts as lost. */
   private async handBack({ execution_id, fence }: Execution): Promise<boolean> {
     try {
-      const { rowCount } = await this.pool.query({ ...HAND_BACK, values: [execution_id, fence] });
+      const { rowCount } = await retryWhileUnavailable(
+        () => this.pool.query({ ...HAND_BACK, values: [execution_id, fence] }),
+        { signal: this.shutdown.signal, onRetry: (error) => this.logger.debug(error) },
+      );
       return rowCount === 1;
     } catch (error) {
       this.logger.warn(error);
@@ -210,14 +219,20 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
 
   /** Agents that said something in an earlier attempt without coming to their end. */
   private async findInterrupted(
-    { execution_id, attempt }: Execution,
+    { execution_id, attempt, input }: Execution,
     { revision, leftSteps }: { revision: CompiledRevision; leftSteps: Step[] },
   ): Promise<string[]> {
     if (attempt === 1) return [];
     const finished = new Set(leftSteps.filter(isCheckpoint).map(({ agent_id }) => agent_id));
-    const unfinished = [...revision.graph.agents.keys()].filter((agentId) => !finished.has(agentId));
-    const values = [execution_id, unfinished];
-    const { rows } = await this.pool.query<{ agent_id: string }>({ ...SPEAKERS, values });
+    const { graph } = revision;
+    const speaks = (agentId: string) => graph.answers(agentId) || input.include.includes('progress');
+    const unfinished = [...graph.agents.keys()].filter(
+      (agentId) => !finished.has(agentId) && speaks(agentId),
+    );
+    if (unfinished.length === 0) return [];
+    // The whole log is looked through for one that said nothing.
+    const statement = { text: SPEAKERS, values: [execution_id, unfinished] };
+    const { rows } = await queryAtLength<{ agent_id: string }>(this.pool, statement);
     return rows.map(({ agent_id }) => agent_id);
   }
 }

@@ -3,7 +3,7 @@ import { Inject, Injectable, Logger } from '@nestjs/common';
 import { Pool } from 'pg';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
-import { LONG_QUERY_TIMEOUT_MS } from '../database/data-source.js';
+import { queryAtLength } from '../database/query-at-length.js';
 
 /** Executions and chunks of a batch, about: a transaction of some ten milliseconds. */
 const BATCH_EXECUTIONS = 200;
@@ -61,8 +61,7 @@ export class Retention {
     let total = 0;
     for (let batch = 0; batch < MOST_BATCHES && !signal.aborted; batch++) {
       const values = [this.config.EVENT_RETENTION_DAYS];
-      const query = { text: statement, values, query_timeout: LONG_QUERY_TIMEOUT_MS };
-      const { rowCount } = await this.pool.query(query);
+      const { rowCount } = await queryAtLength(this.pool, { text: statement, values });
       if (!rowCount) break;
       total += rowCount;
       await sleep(PAUSE_MS, undefined, { signal }).catch(() => undefined); // an abort: the loop ends

@@ -8,7 +8,7 @@ import type { ExecutionEnd } from '../event-log/event-log.js';
 import { Metrics } from '../metrics.js';
 
 /** Where it is said which execution is to be cancelled, with its id. */
-export const CANCEL_CHANNEL = 'agent_studio_cancel';
+const CANCEL_CHANNEL = 'agent_studio_cancel';
 /** How often a worker looks for that in case a notification was lost, and for executions that lost their last subscriber. */
 const CANCEL_POLL_MS = 500;
 /** How long an execution that is to be cancelled without subscribers waits for one, where its deployment says nothing. */
@@ -49,9 +49,9 @@ export class RunningExecutions implements OnApplicationShutdown {
     private readonly pool: Pool,
     private readonly log: EventLog,
     private readonly metrics: Metrics,
-    notifications: Notifications,
+    private readonly notifications: Notifications,
   ) {
-    notifications.listen(CANCEL_CHANNEL, { onNotification: (executionId) => this.cancel(executionId) });
+    notifications.listen(CANCEL_CHANNEL, { onNotification: (executionId) => this.stop(executionId) });
   }
 
   /** Late: what still runs during the shutdown can be cancelled. */
@@ -64,7 +64,7 @@ export class RunningExecutions implements OnApplicationShutdown {
   add({ execution_id, cancel_requested_at }: Execution): AbortSignal {
     const controller = new AbortController();
     this.runs.set(execution_id, { controller, graceMs: null });
-    if (cancel_requested_at) this.cancel(execution_id);
+    if (cancel_requested_at) this.stop(execution_id);
     this.metrics.runningExecutions.set(this.runs.size);
     this.poll ??= this.schedulePoll();
     return controller.signal;
@@ -84,8 +84,15 @@ export class RunningExecutions implements OnApplicationShutdown {
     this.metrics.runningExecutions.set(this.runs.size);
   }
 
-  /** Stops the run if this process has it. */
+  /** Stops the run, whichever process has it: if the notification gets lost, that one finds the request in the database. */
   cancel(executionId: string): void {
+    this.stop(executionId);
+    this.notifications
+      .send(CANCEL_CHANNEL, [executionId])
+      .catch((error: unknown) => this.logger.debug(error));
+  }
+
+  private stop(executionId: string): void {
     this.runs.get(executionId)?.controller.abort(new CancelledError('The execution was cancelled.'));
   }
 
@@ -119,6 +126,6 @@ export class RunningExecutions implements OnApplicationShutdown {
       ...CANCELLED,
       values: [runs.map(([id]) => id), runs.map(([, { graceMs }]) => graceMs), this.startedAt],
     });
-    rows.forEach((row) => this.cancel(row.execution_id));
+    rows.forEach((row) => this.stop(row.execution_id));
   }
 }

@@ -62,8 +62,8 @@ export class StepStore implements OnApplicationShutdown {
   }
 
   private async write(saves: Save[]): Promise<void[]> {
-    // One statement can't write a row twice: the last state of a step stands for all of them.
-    const steps = [...new Map(saves.map((step) => [step.step_id, step])).values()];
+    // One statement can't write a row twice: the last state of a step stands for all of them. Another attempt's gets in or not by its fence.
+    const steps = [...new Map(saves.map((step) => [`${step.step_id}:${step.fence}`, step])).values()];
     const values = [
       steps.map((step) => step.step_id),
       steps.map((step) => step.execution_id),

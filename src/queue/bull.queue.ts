@@ -7,6 +7,7 @@ import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { CONNECT_TIMEOUT_MS } from '../database/data-source.js';
 import { GroupCommit } from '../database/group-commit.js';
+import { timeLimits } from '../database/strict-client.js';
 import { Metrics } from '../metrics.js';
 import { ExecutionQueue, LockLostError } from './execution-queue.js';
 import type { ExecutionHandler } from './execution-queue.js';
@@ -16,6 +17,8 @@ import type { JobLease } from './job-leases.js';
 const QUEUE_NAME = 'executions';
 /** Connections of the producer's pool and of the worker's. */
 const POOL_SIZE = 4;
+/** ms to wait for the queue's size: for a Redis that is away, BullMQ waits without end. */
+const SIZE_TIMEOUT_MS = 5000;
 /** ms that a statement of the queue may take. */
 const QUERY_TIMEOUT_MS = 10_000;
 /** Before an execution that met a defect, or a database that is away, is handed to a worker again. */
@@ -102,13 +105,18 @@ export class BullQueue extends ExecutionQueue implements OnApplicationShutdown {
   }
 
   async size(): Promise<{ waiting: number; active: number }> {
-    const {
-      waiting = 0,
-      prioritized = 0,
-      delayed = 0,
-      active = 0,
-    } = await this.queue.getJobCounts(...COUNTED);
-    return { waiting: waiting + prioritized + delayed, active };
+    const answered = new AbortController();
+    const tooLate = sleep(SIZE_TIMEOUT_MS, undefined, answered).then(() => {
+      throw new Error(`The queue's server did not answer within ${SIZE_TIMEOUT_MS} ms.`);
+    });
+    try {
+      const counts = await Promise.race([this.queue.getJobCounts(...COUNTED), tooLate]);
+      const { waiting = 0, prioritized = 0, delayed = 0, active = 0 } = counts;
+      return { waiting: waiting + prioritized + delayed, active };
+    } finally {
+      tooLate.catch(() => undefined); // the abort
+      answered.abort();
+    }
   }
 
   async stop(graceMs: number): Promise<void> {
@@ -170,7 +178,7 @@ function postgresBackend(connectionString: string): CreateBackend {
     migrate: true,
     max: POOL_SIZE,
     connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
-    query_timeout: QUERY_TIMEOUT_MS,
+    ...timeLimits(QUERY_TIMEOUT_MS),
     keepAlive: true,
     options: '-c synchronous_commit=off',
   };

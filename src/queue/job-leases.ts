@@ -20,9 +20,9 @@ export interface JobLease {
   renewedAt: number;
 }
 
-/** How often a round is made for a lock of `lockMs`. */
+/** How often a round is made for a lock of `lockMs`; whole ms, as Redis takes no others. */
 export function roundMs(lockMs: number): number {
-  return Math.min(lockMs / 5, LONGEST_ROUND_MS);
+  return Math.min(Math.floor(lockMs / 5), LONGEST_ROUND_MS);
 }
 
 /**
@@ -40,6 +40,7 @@ export class JobLeases {
   private timer: NodeJS.Timeout | undefined;
   private lastRound = Date.now();
   private searchFrom = 0;
+  private abandoned: LockLostError | undefined;
   private stopped = false;
 
   /** @param lockMs how long a lock lasts that is not renewed, in ms */
@@ -57,6 +58,7 @@ export class JobLeases {
     for (const earlier of this.held) if (earlier.jobId === jobId) this.lose(earlier);
     const lease = { jobId, token, controller: new AbortController(), renewedAt: Date.now() };
     this.held.add(lease);
+    if (this.abandoned) lease.controller.abort(this.abandoned);
     return lease;
   }
 
@@ -64,8 +66,9 @@ export class JobLeases {
     this.held.delete(lease);
   }
 
-  /** Aborts all signals; the locks are kept until the jobs are released. */
+  /** Aborts all signals, those to come included; the locks are kept until the jobs are released. */
   abandonAll(reason: LockLostError): void {
+    this.abandoned = reason;
     for (const { controller } of this.held) controller.abort(reason);
   }
 
@@ -82,13 +85,15 @@ export class JobLeases {
 
   private async round(): Promise<void> {
     // By the clock on the wall, as the locks are: it goes on while the machine sleeps.
-    const now = Date.now();
+    const begun = Date.now();
     // This process was stopped, or too busy, and perhaps not alone in that.
-    if (now - this.lastRound > this.lockMs) this.searchFrom = Infinity;
-    this.lastRound = now;
+    if (begun - this.lastRound > this.lockMs) this.searchFrom = Infinity;
+    this.lastRound = begun;
     try {
-      await this.renew(now);
-      if (this.searchFrom === Infinity) this.searchFrom = now + this.lockMs;
+      await this.renew(begun);
+      const now = Date.now();
+      const hung = now - begun > this.lockMs / 2; // for the others too
+      if (hung || this.searchFrom === Infinity) this.searchFrom = now + this.lockMs;
       if (now >= this.searchFrom) await this.searchStalled();
     } catch (error) {
       // Once an outage, not once a second.
@@ -123,7 +128,8 @@ export class JobLeases {
     for (const jobId of await this.locks.moveStalledJobsToWait()) {
       this.metrics.lostWorkers.inc();
       this.logger.warn({ execution_id: jobId }, 'The worker of an execution was lost; another one goes on.');
-      await this.locks.changePriority(jobId, 0, true);
+      // It may have been taken up and ended already.
+      await this.locks.changePriority(jobId, 0, true).catch((error: unknown) => this.logger.debug(error));
     }
   }
 }

@@ -109,6 +109,18 @@ describe('an older attempt', () => {
     expect(chunks.map(({ data, status }) => data ?? status)).toEqual(['one', 'two', 'completed']);
   });
 
+  it('in the same process as the newer one is not taken for it', async () => {
+    const owner = await begin();
+    const zombie = log.open(owner);
+    const readers = [readSome(log, owner.execution_id, 1), readSome(otherLog, owner.execution_id, 1)];
+    const newer = log.open(await takeOver(owner));
+    zombie.append(content('void'));
+    newer.append(content('new'));
+    await Promise.allSettled([zombie.flush(), newer.flush()]);
+    expect(zombie.fenced.aborted).toBe(true);
+    for (const chunks of await Promise.all(readers)) expect(chunks.map(({ data }) => data)).toEqual(['new']);
+  });
+
   it('that ends at the same moment as the newer one leaves one end', async () => {
     for (let round = 0; round < 20; round++) {
       const owner = await begin();

@@ -18,11 +18,15 @@ class Locks {
   stalled: string[] = [];
   first: string[] = [];
   isAway = false;
+  /** How long a renewal takes. */
+  answerMs = 0;
 
   extendLocks(jobIds: string[], tokens: string[]): Promise<string[]> {
     if (this.isAway) return Promise.reject(new Error('away'));
     this.renewals.push(jobIds);
-    return Promise.resolve(jobIds.filter((jobId, index) => this.tokens.get(jobId) !== tokens[index]));
+    const lost = jobIds.filter((jobId, index) => this.tokens.get(jobId) !== tokens[index]);
+    if (this.answerMs === 0) return Promise.resolve(lost);
+    return new Promise((resolve) => setTimeout(() => resolve(lost), this.answerMs));
   }
 
   moveStalledJobsToWait(): Promise<string[]> {
@@ -32,6 +36,7 @@ class Locks {
   }
 
   changePriority(jobId: string): Promise<void> {
+    if (jobId === 'gone') return Promise.reject(new Error('Missing key for job gone'));
     this.first.push(jobId);
     return Promise.resolve();
   }
@@ -83,6 +88,14 @@ describe('the lock of a job that this process holds', () => {
   });
 });
 
+it('a job that is handed out when this worker has given up already is given up at once', () => {
+  const reason = new LockLostError('closing');
+  const before = leases.hold('a', '1');
+  leases.abandonAll(reason);
+  const after = leases.hold('b', '2');
+  expect([before, after].map(({ controller }) => controller.signal.reason)).toEqual([reason, reason]);
+});
+
 describe('the search for jobs of lost workers', () => {
   it('is made in each round, and puts what it finds first', async () => {
     await pass(3 * ROUND_MS);
@@ -104,6 +117,24 @@ describe('the search for jobs of lost workers', () => {
     expect(locks.searches).toBe(0);
     await pass(ROUND_MS);
     expect(locks.searches).toBe(1);
+  });
+
+  it('after the server hung waits, too, though the renewal came through in the end', async () => {
+    locks.tokens.set('a', '1');
+    leases.hold('a', '1');
+    locks.answerMs = 8000;
+    await pass(ROUND_MS + 8000);
+    locks.answerMs = 0;
+    expect(locks.renewals).toEqual([['a']]);
+    expect(locks.searches).toBe(0);
+    await pass(2 * LOCK_MS);
+    expect(locks.searches).toBeGreaterThan(0);
+  });
+
+  it('puts all of them first, though one has vanished meanwhile', async () => {
+    locks.stalled = ['gone', 'a'];
+    await pass(ROUND_MS);
+    expect(locks.first).toEqual(['a']);
   });
 
   it('after this process itself was stopped renews its own locks first', async () => {
