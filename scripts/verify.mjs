@@ -69,9 +69,9 @@ async function checkServer({ check, get, client }) {
     assert.equal((await get('/health/ready')).status, 'ok');
   });
   await check('metrics are in the text format of Prometheus, or kept from outside by a proxy', async () => {
-    const answer = await client.send('GET', '/metrics');
-    if (answer.status === 404) return;
-    assert.match(await answer.text(), /^# TYPE agent_studio_executions_total counter$/m);
+    const { status, body } = await client.send('GET', '/metrics');
+    if (status === 404) return;
+    assert.match(body, /^# TYPE agent_studio_executions_total counter$/m);
   });
   await check('the API is described in OpenAPI 3.1, with a page to try it', async () => {
     const { openapi, paths } = await get('/api/openapi.json');
