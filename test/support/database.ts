@@ -17,18 +17,19 @@ export async function createTestDatabase(): Promise<TestDatabase> {
       'TEST_DATABASE_URL is set by test/support/global-setup.mjs; run the tests with jest.config.js.',
     );
   const name = `test_${randomUUID().replaceAll('-', '')}`;
-  await run(serverUrl, `CREATE DATABASE ${name}`);
+  await runStatement(serverUrl, `CREATE DATABASE ${name}`);
   const url = new URL(serverUrl);
   url.pathname = `/${name}`;
   return {
     url: url.href,
-    query: (text, values) => run(url.href, text, values),
+    query: (text, values) => runStatement(url.href, text, values),
     whileLocked: (table, mode, work) => whileLocked(url.href, `LOCK TABLE ${table} IN ${mode} MODE`, work),
-    drop: async () => void (await run(serverUrl, `DROP DATABASE ${name} WITH (FORCE)`)),
+    drop: async () => void (await runStatement(serverUrl, `DROP DATABASE ${name} WITH (FORCE)`)),
   };
 }
 
-async function run<Row extends object>(
+/** One statement on a connection of its own. */
+export async function runStatement<Row extends object>(
   connectionString: string,
   text: string,
   values?: unknown[],
@@ -42,7 +43,8 @@ async function run<Row extends object>(
   }
 }
 
-async function whileLocked(
+/** Runs a `LOCK TABLE` statement, and holds the lock while `work` is done. */
+export async function whileLocked(
   connectionString: string,
   statement: string,
   work: () => Promise<void>,

@@ -1,0 +1,207 @@
+import { setTimeout as sleep } from 'node:timers/promises';
+import { afterAll, beforeAll, expect, it } from '@jest/globals';
+import { Chaos, PATIENCE_MS, QUEUE, describeChaos } from '../support/chaos.js';
+import type { StackProcess } from '../support/chaos.js';
+import { expectWhole } from '../support/chaos-checks.js';
+import type { SpeakingAgent } from '../support/chaos-checks.js';
+import type { ClientRun } from '../support/chaos-clients.js';
+import { until } from '../support/studio.js';
+
+/** After the last kill everything has ended within this time. */
+const ALL_ENDED_MS = 15_000;
+const RUNS = 100;
+/** How many processes are killed; with Redis fewer, since only the queue differs. */
+const KILLS = QUEUE === 'postgres' ? 8 : 5;
+/** How many of them are under way at once. */
+const AT_ONCE = 14;
+/** A whole test; only ends one that hangs. */
+const HANG_MS = 170_000;
+
+let chaos: Chaos;
+/** The deployments, and which of their agents speak to clients. */
+const deployments = new Map<string, SpeakingAgent[]>();
+/** Of each run by its marker. */
+const deploymentOf = new Map<string, string>();
+
+beforeAll(async () => {
+  // So many losses in a row are chance here, not a fault of the execution.
+  chaos = await Chaos.start({ env: { MAX_LOST_ATTEMPTS: '50' } });
+  const { ledger } = chaos;
+  const studio = chaos.studio();
+  const long = { pieces: 20, pauseMs: 40 };
+  const agent = (id: string) => ledger.agent(id, long.pieces, long.pauseMs);
+  const connect = (source_agent_id: string, target_agent_id: string) => ({
+    source_agent_id,
+    target_agent_id,
+  });
+  const speaking = (...ids: string[]) => ids.map((agent_id) => ({ agent_id, pieces: long.pieces }));
+  const chain = {
+    agents: ['first', 'last'].map(agent),
+    connections: [connect('first', 'last')],
+  };
+  const fork = {
+    agents: ['stem', 'left', 'right'].map(agent),
+    connections: [connect('stem', 'left'), connect('stem', 'right')],
+  };
+  const joined = {
+    agents: ['one', 'other', 'join'].map(agent),
+    connections: [connect('one', 'join'), connect('other', 'join')],
+  };
+  deployments.set(await studio.deploy({ agents: [agent('alone')] }), speaking('alone'));
+  deployments.set(await studio.deploy(chain), speaking('last'));
+  deployments.set(await studio.deploy(fork), speaking('left', 'right'));
+  deployments.set(await studio.deploy(joined), speaking('join'));
+}, PATIENCE_MS);
+afterAll(() => chaos?.stop(), PATIENCE_MS);
+
+const speakersOf = ({ marker }: ClientRun) => deployments.get(deploymentOf.get(marker) ?? '') ?? [];
+
+/** A run of some deployment; three of five are streamed, the others only accepted. */
+function startRun(): Promise<ClientRun> {
+  const deployment = chaos.random.pick([...deployments.keys()]);
+  const marker = chaos.marker();
+  deploymentOf.set(marker, deployment);
+  const client = chaos.client(deployment, marker);
+  return chaos.random.int(1, 5) <= 3 ? client.stream() : client.accept();
+}
+
+/** Keeps some runs under way until there were a hundred, and the disturbances were enough. */
+async function runMany(isEnough: () => boolean): Promise<ClientRun[]> {
+  const runs: ClientRun[] = [];
+  let begun = 0;
+  const one = async () => {
+    while (begun < RUNS || !isEnough()) {
+      begun++;
+      const run = await startRun();
+      runs.push(run);
+      // One that nobody follows counts as under way, too.
+      if (run.frames.length === 0) await chaos.ended([run], PATIENCE_MS);
+    }
+  };
+  await Promise.all(Array.from({ length: AT_ONCE }, one));
+  return runs;
+}
+
+/** Disturbs the system again and again while the work is done; resolves when both are over. */
+async function disturbedBy<Result>(disturb: () => Promise<void>, work: Promise<Result>): Promise<Result> {
+  let isDone = false;
+  const disturbing = (async () => {
+    while (!isDone) await disturb();
+  })();
+  try {
+    return await work;
+  } finally {
+    isDone = true;
+    await disturbing;
+  }
+}
+
+const ids = (runs: ClientRun[]) => runs.map(({ executionId }) => executionId);
+
+async function takeovers(runs: ClientRun[]): Promise<number> {
+  const rows = await chaos.rows(ids(runs));
+  return rows.filter(({ attempt }) => attempt > 1).length;
+}
+
+/** A worker in the middle of a call, or now and then an api process. */
+async function findVictim(): Promise<StackProcess | undefined> {
+  const { ledger, random, stack } = chaos;
+  if (random.int(1, 4) === 1) return random.pick(stack.apis);
+  const open = ledger.calls.filter(({ endedAt }) => endedAt === undefined);
+  if (open.length === 0) return undefined;
+  return chaos.callerOf(random.pick(open)).catch(() => undefined); // it may have ended meanwhile
+}
+
+describeChaos('a hundred executions', () => {
+  it(
+    'survive the SIGKILL of processes at any moment: none lost, none repeated, no finished step again',
+    async () => {
+      await chaos.reporting(async () => {
+        const down = new Map<StackProcess, Promise<void>>();
+        const killOne = async () => {
+          await sleep(chaos.random.int(100, 800)); // the moment is what varies here
+          if (chaos.kills >= KILLS) return; // or nothing would ever come to its end
+          const victim = await findVictim();
+          if (!victim || down.has(victim)) return;
+          down.set(
+            victim,
+            chaos.kill(victim).finally(() => down.delete(victim)),
+          );
+        };
+        const runs = await disturbedBy(
+          killOne,
+          runMany(() => chaos.kills >= KILLS),
+        );
+        await Promise.all(down.values());
+        await chaos.ended(runs, Math.max(0, chaos.killedAt + ALL_ENDED_MS - Date.now()));
+        expect(runs.length).toBeGreaterThanOrEqual(RUNS);
+        await expectWhole(chaos, runs, { speakers: speakersOf });
+        expect(await takeovers(runs)).toBeGreaterThanOrEqual(5);
+        expect(runs.filter(({ connections }) => connections > 1).length).toBeGreaterThanOrEqual(1);
+      }, HANG_MS);
+    },
+    HANG_MS + 10_000,
+  );
+
+  it(
+    'survive that every process is restarted in turn, and no stream is closed with an invented end',
+    async () => {
+      await chaos.reporting(async () => {
+        const { apis, workers } = chaos.stack;
+        const inTurn = [workers[0], apis[0], workers[1], apis[1]];
+        let turn = 0;
+        const restartNext = async () => {
+          await inTurn[turn++ % inTurn.length]?.restart('SIGTERM');
+        };
+        const runs = await disturbedBy(
+          restartNext,
+          runMany(() => turn > inTurn.length),
+        );
+        await chaos.ended(runs, ALL_ENDED_MS);
+        expect(runs.length).toBeGreaterThanOrEqual(RUNS);
+        await expectWhole(chaos, runs, { speakers: speakersOf });
+        expect(await takeovers(runs)).toBeGreaterThanOrEqual(3);
+        expect(runs.reduce((sum, { cleanCloses }) => sum + cleanCloses, 0)).toBeGreaterThanOrEqual(1);
+        // What was handed back in good order has lost no worker.
+        const lost = (await chaos.rows(ids(runs))).filter(({ lost_attempts }) => lost_attempts > 0);
+        expect(lost.map(({ execution_id }) => execution_id)).toEqual([]);
+      }, HANG_MS);
+    },
+    HANG_MS + 10_000,
+  );
+});
+
+describeChaos('a whole system', () => {
+  it(
+    'that is killed, its database included, ends all that it had accepted',
+    async () => {
+      await chaos.reporting(async () => {
+        const { postgres, redis, apis, workers } = chaos.stack;
+        const accepted = await Promise.all(Array.from({ length: 40 }, () => acceptOnly()));
+        const markers = new Set(accepted.map(({ marker }) => marker));
+        await until(async () => (await takenUp(accepted)) >= 10);
+        const crashes = [Date.now()];
+        await Promise.all([postgres, redis, ...apis, ...workers].map(async (part) => part?.stop('SIGKILL')));
+        await Promise.all([postgres?.start(), redis?.start()]);
+        await Promise.all([...apis, ...workers].map((server) => server.start()));
+        await chaos.ended(accepted, PATIENCE_MS);
+        await expectWhole(chaos, accepted, { speakers: speakersOf, crashes });
+        const calledAgain = chaos.ledger.calls.filter(
+          ({ marker, ordinal }) => markers.has(marker) && ordinal > 1,
+        );
+        expect(calledAgain.length).toBeGreaterThanOrEqual(5);
+      }, HANG_MS);
+    },
+    HANG_MS + 10_000,
+  );
+});
+
+function acceptOnly(): Promise<ClientRun> {
+  const deployment = chaos.random.pick([...deployments.keys()]);
+  const marker = chaos.marker();
+  deploymentOf.set(marker, deployment);
+  return chaos.client(deployment, marker).accept();
+}
+
+const takenUp = async (runs: ClientRun[]) =>
+  (await chaos.rows(ids(runs))).filter(({ attempt }) => attempt > 0).length;
