@@ -1,4 +1,5 @@
 import type { Pool, PoolClient } from 'pg';
+import { withClient } from './with-client.js';
 
 /**
  * Runs `work` in a transaction that one process at a time is in: each statement of it sees what the one before committed.
@@ -7,16 +8,12 @@ import type { Pool, PoolClient } from 'pg';
  *
  * @param lock any number that no other program on the same database uses for its advisory locks
  */
-export async function exclusively<Result>(
+export function exclusively<Result>(
   pool: Pool,
   lock: number,
   work: (client: PoolClient) => Promise<Result>,
 ): Promise<Result> {
-  const client = await pool.connect();
-  let failure: Error | undefined;
-  const onError = (error: Error) => (failure = error); // PostgreSQL ended it between two statements
-  client.on('error', onError);
-  try {
+  return withClient(pool, async (client) => {
     await client.query(`
       BEGIN;
       SET LOCAL lock_timeout = '3s';
@@ -25,11 +22,5 @@ export async function exclusively<Result>(
     const result = await work(client);
     await client.query('COMMIT');
     return result;
-  } catch (error) {
-    failure = error instanceof Error ? error : new Error(String(error));
-    throw error;
-  } finally {
-    client.off('error', onError);
-    client.release(failure); // a connection with a broken transaction is not used again
-  }
+  });
 }

@@ -3,7 +3,7 @@ import { describe, expect, it } from '@jest/globals';
 import { startTestApp } from '../support/app.js';
 import { createTestDatabase } from '../support/database.js';
 import { ServerProcess } from '../support/studio-process.js';
-import { Studio, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
+import { Studio, faultsOfStream, kept, textOf, until, upstreamAgent } from '../support/studio.js';
 import type { EventStream, Frame } from '../support/studio.js';
 import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 
@@ -211,17 +211,3 @@ describe('SIGTERM', () => {
     });
   });
 });
-
-/** What is left of a stream when a client has discarded what the `restarted` chunks say. */
-function kept(frames: Frame[]): Frame[] {
-  const restarts = frames.map(({ chunk }) => chunk).filter(({ status }) => status === 'restarted');
-  return frames.filter(({ chunk: { type, agent_id, sequence } }) =>
-    restarts.every(
-      (restart) =>
-        type !== 'content' ||
-        agent_id !== restart.agent_id ||
-        sequence <= (restart.discard_after ?? 0) ||
-        sequence > restart.sequence,
-    ),
-  );
-}

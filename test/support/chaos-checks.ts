@@ -4,7 +4,7 @@ import { answerOf } from './call-ledger.js';
 import type { Chaos, Completion } from './chaos.js';
 import type { ClientRun } from './chaos-clients.js';
 import { each } from './each.js';
-import { faultsOfStream } from './studio.js';
+import { faultsOfStream, kept, textOf } from './studio.js';
 import type { Frame } from './studio.js';
 
 /** An agent of a deployment, and how many pieces its model says. */
@@ -22,26 +22,6 @@ export interface Expectation {
    */
   crashes?: number[];
 }
-
-/** What is left of a stream when a client has discarded what the `restarted` chunks say. */
-export function kept(frames: Frame[]): Frame[] {
-  const restarts = frames.map(({ chunk }) => chunk).filter(({ status }) => status === 'restarted');
-  return frames.filter(({ chunk: { type, agent_id, sequence } }) =>
-    restarts.every(
-      (restart) =>
-        type !== 'content' ||
-        agent_id !== restart.agent_id ||
-        sequence <= (restart.discard_after ?? 0) ||
-        sequence > restart.sequence,
-    ),
-  );
-}
-
-const textOf = (frames: Frame[], agentId: string) =>
-  frames
-    .filter(({ chunk }) => chunk.type === 'content' && chunk.agent_id === agentId)
-    .map(({ chunk }) => chunk.data)
-    .join('');
 
 /** Fails with what is wrong with runs that were to complete: their streams, their logs, their texts, the calls they made. */
 export async function expectWhole(

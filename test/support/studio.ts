@@ -152,6 +152,20 @@ export function textOf(frames: Frame[], agentId?: string): string {
     .join('');
 }
 
+/** What is left of a stream when a client has discarded what the `restarted` chunks say. */
+export function kept(frames: Frame[]): Frame[] {
+  const restarts = frames.map(({ chunk }) => chunk).filter(({ status }) => status === 'restarted');
+  return frames.filter(({ chunk: { type, agent_id, sequence } }) =>
+    restarts.every(
+      (restart) =>
+        type !== 'content' ||
+        agent_id !== restart.agent_id ||
+        sequence <= (restart.discard_after ?? 0) ||
+        sequence > restart.sequence,
+    ),
+  );
+}
+
 /** What is wrong with a whole stream: its order, its ids, its ends. Nothing, if it is as promised. */
 export function faultsOfStream(frames: Frame[], executionId: string): string[] {
   const faults: string[] = [];
