@@ -146,18 +146,24 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
         this.admission.release(execution.deployment_id);
       }
     } catch (error) {
-      const isDefect = !(
-        error instanceof FencedError ||
-        error instanceof LockLostError ||
-        isUnavailable(error)
-      );
-      const isHandedBack = !isDefect && (await this.handBack(execution));
-      // Another attempt owns it, so its job is another worker's: if it is not, the queue has to have it again.
-      if (error instanceof FencedError && !isHandedBack) throw new LockLostError(error.message);
-      throw error;
+      throw await this.giveUp(execution, error);
     } finally {
       this.running.remove(executionId, cancelled);
     }
+  }
+
+  /**
+   * Lets go of an execution that did not come to its end. A defect is not handed back in order: met again and again, it
+   * counts as a worker that is lost again and again.
+   *
+   * @returns what the queue is to be told
+   */
+  private async giveUp(execution: Execution, reason: unknown): Promise<unknown> {
+    const isFenced = reason instanceof FencedError;
+    const isDefect = !isFenced && !(reason instanceof LockLostError) && !isUnavailable(reason);
+    const isHandedBack = !isDefect && (await this.handBack(execution));
+    // Another attempt owns it, so its job is another worker's: if it is not, the queue has to have it again.
+    return isFenced && !isHandedBack ? new LockLostError(reason.message) : reason;
   }
 
   /** @returns whether the execution was still this attempt's. If the database is away until the end, its worker counts as lost. */

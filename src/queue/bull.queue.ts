@@ -132,10 +132,11 @@ export class BullQueue extends ExecutionQueue implements OnApplicationShutdown {
   }
 
   private async addAll(jobIds: string[]): Promise<void[]> {
-    const [first, ...others] = jobIds.map((jobId) => ({ name: JOB_NAME, data: {}, opts: { jobId } }));
+    const jobs = jobIds.map((jobId) => ({ name: JOB_NAME, data: {}, opts: { jobId } }));
+    const [job] = jobs;
     // One alone, as most are: on PostgreSQL a batch takes some ms more.
-    if (first && others.length === 0) await this.queue.add(first.name, first.data, first.opts);
-    else await this.queue.addBulk(first ? [first, ...others] : []);
+    if (job && jobs.length === 1) await this.queue.add(job.name, job.data, job.opts);
+    else await this.queue.addBulk(jobs);
     return jobIds.map(() => undefined);
   }
 
