@@ -1,4 +1,5 @@
 import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { ExecutionsSweep } from '../../src/executions/executions.sweep.js';
 import { Retention } from '../../src/executions/retention.js';
 import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
@@ -93,6 +94,8 @@ describe('the chunks of an execution', () => {
   });
 
   it('of very many old executions go in small batches, and changes of status with them', async () => {
+    // The server would do the same now and then, and between any two of these lines.
+    server.app.get(ExecutionsSweep).onModuleDestroy();
     const deployment = await studio.deploy(echo());
     const template = await studio.execute<Execution>({ deployment_name: deployment, query: 'x' });
     const executions = 1000;
