@@ -180,10 +180,16 @@ const POST_REPEATERS: Client[] = [
     pieceSize: 7,
     run: (run) => runWithFetchEventSource(fetchEventSource, { ...run, counts: true }),
   },
+  // When a connection breaks, a browser drops what the page has not read yet (Streams standard, ReadableStreamError): perhaps
+  // all of it, and with it the execution's id. Then only a key keeps the POST from running again.
   {
     name: 'fetch-event-source in Chromium',
     cuts: CUTS,
-    run: (run) => chromium().call(runWithFetchEventSource, FETCH_EVENT_SOURCE, run),
+    run: (run) =>
+      chromium().call(runWithFetchEventSource, FETCH_EVENT_SOURCE, {
+        ...run,
+        headers: { 'Idempotency-Key': run.request.query },
+      }),
     missing: hasChromium ? undefined : 'chromium',
   },
 ];
