@@ -22,7 +22,6 @@ export function findNginx() {
  * @param {string[]} options.servers `<host>:<port>`
  * @param {number} options.maxBodyBytes
  * @param {string} options.logFile
- * @param {boolean} options.restart
  * @param {(message: string) => void} options.log
  */
 export async function createNginx({ program, folder, servers, maxBodyBytes, ...options }) {
@@ -43,7 +42,6 @@ export async function createNginx({ program, folder, servers, maxBodyBytes, ...o
   return new StackProcess({
     ...options,
     name: 'nginx',
-    role: 'nginx',
     url,
     stopMs: STOP_MS,
     command: {

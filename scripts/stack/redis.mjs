@@ -10,7 +10,7 @@ const STOP_MS = 10_000;
 /** A Redis of the stack's own that loses nothing it has confirmed, as the queue needs it. */
 export class StackRedis extends StackProcess {
   /**
-   * @param {{ folder: string, logFile: string, restart: boolean, log: (message: string) => void }} options
+   * @param {{ folder: string, logFile: string, log: (message: string) => void }} options
    */
   static async create({ folder, ...options }) {
     const port = await freePort();
@@ -30,7 +30,6 @@ export class StackRedis extends StackProcess {
     return new StackRedis({
       ...options,
       name: 'redis',
-      role: 'redis',
       host: HOST,
       port,
       url,

@@ -35,21 +35,17 @@ export class StackProcess extends Supervised {
   /**
    * @param {object} options
    * @param {string} options.name
-   * @param {'api' | 'worker' | 'nginx' | 'redis'} options.role
    * @param {string} options.host
    * @param {number} options.port
    * @param {string} options.url
    * @param {Command} options.command
    * @param {() => Promise<boolean>} options.answers whether the program can be used
    * @param {string} options.logFile gets what it writes, from its first start on
-   * @param {boolean} options.restart
    * @param {number} options.stopMs
    * @param {(message: string) => void} options.log
    */
-  constructor({ role, host, port, url, command, answers, logFile, ...options }) {
+  constructor({ host, port, url, command, answers, logFile, ...options }) {
     super(options);
-    /** @readonly */
-    this.role = role;
     /** @readonly */
     this.host = host;
     /** @readonly */

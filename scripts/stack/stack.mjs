@@ -34,8 +34,6 @@ const OTHER_CONNECTIONS = 30;
  * @property {Record<string, string>} [postgresSettings] of the stack's own PostgreSQL, e.g. `{max_connections: '300'}`
  * @property {boolean} [redis] whether the stack has a Redis of its own for the queue; false by default
  * @property {string} [redisUrl] a Redis for the queue
- * @property {boolean} [restart] whether a process of the server, nginx or Redis that ends by itself is started
- *   again; true by default. The stack's own PostgreSQL always is
  * @property {(message: string) => void} [log] hears of ends and restarts
  * @property {string} [dist] the built server; this repository's by default
  */
@@ -72,6 +70,12 @@ export class Stack {
    */
   folder = '';
   #options;
+  /**
+   * That of the servers.
+   *
+   * @type {import('../../src/config.js').Config}
+   */
+  #config;
   /** @type {Promise<void> | undefined} */
   #started;
   /** @type {Promise<void> | undefined} */
@@ -143,7 +147,7 @@ export class Stack {
     if (nginx && !findNginx()) throw new Error('nginx is not installed.');
     this.databaseUrl = databaseUrl;
     this.redisUrl = redisUrl;
-    await this.#readConfig(); // a bad one is said before anything runs
+    this.#config = await this.#readConfig(); // a bad one is said before anything runs
     if (port !== 0 && !(await isFree(port, host))) {
       throw new PortTakenError({ name: nginx ? 'nginx' : 'api-1', host, port });
     }
@@ -152,10 +156,10 @@ export class Stack {
   }
 
   async #startData() {
-    const { redis, databaseUrl, restart, log } = this.#options;
+    const { redis, databaseUrl, log } = this.#options;
     if (redis) {
       const logFile = this.#logFile('redis');
-      this.redis = await StackRedis.create({ folder: this.folder, logFile, restart, log });
+      this.redis = await StackRedis.create({ folder: this.folder, logFile, log });
       await this.redis.start();
       this.redisUrl = this.redis.url;
     }
@@ -170,8 +174,7 @@ export class Stack {
 
   async #createPostgres() {
     const { dist, api, workers, postgresFolder, postgresSettings, log } = this.#options;
-    const { DATABASE_POOL_SIZE } = await this.#readConfig();
-    const connections = (api + workers + 1) * (DATABASE_POOL_SIZE + OTHER_CONNECTIONS);
+    const connections = (api + workers + 1) * (this.#config.DATABASE_POOL_SIZE + OTHER_CONNECTIONS);
     const { startEmbeddedPostgres } = await importFrom(dist, 'database/embedded-postgres.js');
     return new StackPostgres({
       startEmbedded: startEmbeddedPostgres,
@@ -184,13 +187,12 @@ export class Stack {
 
   async #startServers() {
     const { api, workers, nginx, host, port } = this.#options;
-    const config = await this.#readConfig();
     for (let index = 0; index < api; index++) {
       const where = nginx ? {} : { host, port: index === 0 ? port : 0 };
-      this.apis.push(await this.#createServer(`api-${index + 1}`, 'api', { ...where, config }));
+      this.apis.push(await this.#createServer(`api-${index + 1}`, 'api', where));
     }
     for (let index = 0; index < workers; index++) {
-      this.workers.push(await this.#createServer(`worker-${index + 1}`, 'worker', { config }));
+      this.workers.push(await this.#createServer(`worker-${index + 1}`, 'worker'));
     }
     await Promise.all([...this.apis, ...this.workers].map((server) => server.start()));
     this.url = this.apis[0]?.url ?? '';
@@ -199,22 +201,20 @@ export class Stack {
   /**
    * @param {string} name
    * @param {'api' | 'worker'} role
-   * @param {{ host?: string, port?: number, config: import('../../src/config.js').Config }} where
+   * @param {{ host?: string, port?: number }} [where]
    */
-  async #createServer(name, role, { host = HOST, port: given = 0, config }) {
-    const { dist, restart, log } = this.#options;
+  async #createServer(name, role, { host = HOST, port: given = 0 } = {}) {
+    const { dist, log } = this.#options;
     const port = given || (await freePort());
     const url = urlOf(host, port);
     return new StackProcess({
       name,
-      role,
       host,
       port,
       url,
-      restart,
       log,
       logFile: this.#logFile(name),
-      stopMs: config.SHUTDOWN_GRACE_MS + STOP_MS,
+      stopMs: this.#config.SHUTDOWN_GRACE_MS + STOP_MS,
       command: {
         program: process.execPath,
         args: ['--max-semi-space-size=64', join(dist, 'main.js')],
@@ -226,18 +226,16 @@ export class Stack {
   }
 
   async #startNginx() {
-    const { nginx, host, port, restart, log } = this.#options;
+    const { nginx, host, port, log } = this.#options;
     if (!nginx) return;
-    const { MAX_BODY_BYTES } = await this.#readConfig();
     this.nginx = await createNginx({
       program: findNginx() ?? 'nginx',
       folder: this.folder,
       host,
       port: port || (await freePort()),
       servers: this.apis.map((api) => `${api.host}:${api.port}`),
-      maxBodyBytes: MAX_BODY_BYTES,
+      maxBodyBytes: this.#config.MAX_BODY_BYTES,
       logFile: this.#logFile('nginx'),
-      restart,
       log,
     });
     await this.nginx.start();
@@ -289,7 +287,6 @@ const DEFAULTS = {
   env: {},
   inheritEnv: false,
   redis: false,
-  restart: true,
   log: (/** @type {string} */ _message) => {},
   dist: DIST,
 };

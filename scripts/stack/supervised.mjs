@@ -18,7 +18,7 @@ const OUTPUT_COLUMNS = 400;
 /**
  * One life of a program.
  *
- * @typedef {{ pid: number, exited: Promise<Exit>, begunAt: number, isReady?: boolean }} Run
+ * @typedef {{ pid: number, begunAt: number, isReady?: boolean }} Run
  */
 
 /** A program that is started again when it ends and nobody has stopped it. */
@@ -35,21 +35,18 @@ export class Supervised {
   #timer;
   #isWanted = false;
   #pauseMs = FIRST_PAUSE_MS;
-  #restart;
 
   /**
    * @param {object} options
    * @param {string} options.name
-   * @param {boolean} options.restart whether it is started again when it ends by itself
    * @param {number} options.stopMs how long {@link stop} waits before it sends SIGKILL
    * @param {(message: string) => void} options.log hears of ends and restarts
    */
-  constructor({ name, restart, stopMs, log }) {
+  constructor({ name, stopMs, log }) {
     /** @readonly */
     this.name = name;
     this.log = log;
     this.stopMs = stopMs;
-    this.#restart = restart;
   }
 
   /** Of the process that runs now; undefined while there is none. */
@@ -92,8 +89,8 @@ export class Supervised {
     clearTimeout(this.#timer);
     // In the middle of a start there may be no process yet.
     if (!this.#run) await this.#ready?.catch(() => undefined);
-    const exited = this.#run?.exited;
-    if (!exited) return;
+    if (!this.#run) return;
+    const { exited } = this;
     this.kill(signal);
     this.kill('SIGCONT');
     const patience = setTimeout(() => {
@@ -142,7 +139,7 @@ export class Supervised {
    */
   begun(pid, exited) {
     /** @type {Run} */
-    const run = { pid, exited, begunAt: Date.now() };
+    const run = { pid, begunAt: Date.now() };
     this.starts++;
     this.#run = run;
     this.#lastExit = exited.then((exit) => {
@@ -154,7 +151,6 @@ export class Supervised {
       }
       return exit;
     });
-    run.exited = this.#lastExit;
   }
 
   /** One start at a time: whoever wants it up waits for the same. */
@@ -179,7 +175,7 @@ export class Supervised {
    * @param {Run} [run]
    */
   #startAgain(what, run) {
-    if (!this.#isWanted || !this.#restart) return;
+    if (!this.#isWanted) return;
     const hasLasted = run !== undefined && Date.now() - run.begunAt >= LASTING_MS;
     this.#pauseMs = hasLasted ? FIRST_PAUSE_MS : this.#pauseMs;
     this.log(`${this.name} ${what}. It is started again in ${this.#pauseMs / 1000} s.`);

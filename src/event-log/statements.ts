@@ -16,8 +16,8 @@ function lastBefore(executionId: string, sequence: string): string {
 
 /**
  * One flush: a row for each execution, in one text parameter, because escaping an array of texts costs more than the
- * rest of the statement. Only the current attempt of a running execution gets in, as its fence tells: the share lock makes a newer one,
- * which begins with an update of the execution, wait for this statement, and this statement see the newer attempt.
+ * rest of the statement. Only the current attempt of a running execution gets in, as its fence tells: the share lock makes
+ * a newer one, which begins with an update of the execution, wait for this statement, and this statement see the newer one.
  * A row that is there already, word for word, is this very statement repeated after a lost connection: it was written.
  * It must follow the row before it: a crash of PostgreSQL can take the last rows away, and no reader may meet a gap.
  */

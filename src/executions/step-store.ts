@@ -7,9 +7,9 @@ import { ROW_SEPARATOR } from '../database/row-separator.js';
 import { retryWhileUnavailable } from '../database/unavailable.js';
 
 /**
- * Only the current attempt of an execution gets in, as its fence ($14) tells: the share lock makes a newer one wait for this statement, and this
- * statement see the newer one. $13 says whether the commit waits for the disk. The log must go as far as when the step ended
- * ($15): if PostgreSQL crashed and lost what its agent said, the step has to run again.
+ * Only the current attempt of an execution gets in, as its fence ($14) tells: the share lock makes a newer one wait for this
+ * statement, and this statement see the newer one. $13 says whether the commit waits for the disk. The log must go as far as
+ * when the step ended ($15): if PostgreSQL crashed and lost what its agent said, the step has to run again.
  */
 const SAVE = {
   name: 'step-save',

@@ -7,9 +7,11 @@ import { until } from '../support/studio.js';
 
 /** How long the database comes and goes. */
 const UNREST_MS = 60_000;
-/** A request gets its answer within this time, whatever the database does. */
+/** A request gets its answer within this time, while the database is away for 2 s at most. */
 const ANSWERED_MS = 5000;
 const AT_ONCE = 8;
+/** How often a client that does not follow its executions asks for another one: at once, they would only pile up. */
+const ACCEPT_EVERY_MS = 500;
 const PIECES = 20;
 /** A whole test; only ends one that hangs. */
 const HANG_MS = 170_000;
@@ -35,7 +37,7 @@ function postgres() {
 /** Readiness of every process. */
 const readiness = () =>
   Promise.all(servers().map(async ({ url }) => (await fetch(`${url}/health/ready`)).status));
-const allAre = async (status: number) => (await readiness()).every((ready) => ready === status) || undefined;
+const allAre = async (status: number) => (await readiness()).every((ready) => ready === status);
 
 /** When the database was not stopped in good order. */
 const crashes: number[] = [];
@@ -90,11 +92,21 @@ async function runWhile(isGoingOn: () => boolean): Promise<ClientRun[]> {
       const client = chaos.client(deployment);
       const isStreamed = chaos.random.int(0, 1) === 1;
       runs.push(await (isStreamed ? client.stream() : client.accept()));
-      if (!isStreamed) await sleep(500); // these would only pile up
+      if (!isStreamed) await sleep(ACCEPT_EVERY_MS);
     }
   };
   await Promise.all(Array.from({ length: AT_ONCE }, one));
   return runs;
+}
+
+/** Starts streams whose models were called, and hold still in the middle of their answers. */
+async function startHeld(count: number, name: string) {
+  const { ledger } = chaos;
+  const markers = Array.from({ length: count }, () => chaos.marker(name));
+  markers.forEach((marker) => ledger.hold(marker));
+  const streams = markers.map((marker) => chaos.client(deployment, marker).stream());
+  const calls = await Promise.all(markers.map((marker) => ledger.call(marker)));
+  return { markers, streams, calls };
 }
 
 describe('a database that is away for a moment, again and again', () => {
@@ -134,13 +146,10 @@ describe('a database that is away for longer than the locks of workers', () => {
   it('has nobody run an execution again: they go on where they were', async () => {
     await chaos.reporting(async () => {
       const { ledger } = chaos;
-      const markers = Array.from({ length: 8 }, () => chaos.marker('away'));
-      markers.forEach((marker) => ledger.hold(marker));
-      const streams = markers.map((marker) => chaos.client(deployment, marker).stream());
-      const calls = await Promise.all(markers.map((marker) => ledger.call(marker)));
+      const { markers, streams, calls } = await startHeld(8, 'away');
       await until(async () => {
         const lasts = await Promise.all(markers.map((marker) => chaos.lastSequence(marker)));
-        return lasts.every((last) => last === 1 + PIECES / 2) || undefined;
+        return lasts.every((last) => last === 1 + PIECES / 2);
       });
       await postgres().stop('fast');
       await until(() => allAre(503));
@@ -163,20 +172,16 @@ describe('connections that wait for notifications', () => {
   it('may be cut: streams at other processes go on', async () => {
     await chaos.reporting(async () => {
       const { ledger } = chaos;
-      const markers = Array.from({ length: 6 }, () => chaos.marker('cut'));
-      markers.forEach((marker) => ledger.hold(marker));
-      const streams = markers.map((marker) => chaos.client(deployment, marker).stream());
-      await Promise.all(markers.map((marker) => ledger.call(marker)));
+      const { markers, streams } = await startHeld(6, 'cut');
       for (let round = 0; round < 3; round++) {
-        const cut = await until(async () => {
-          const rows = await chaos.sql(
+        await until(async () => {
+          const cut = await chaos.sql(
             `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
               WHERE datname = current_database() AND pid <> pg_backend_pid()
                 AND (query ILIKE 'listen%' OR query ILIKE '%pg_notify%')`,
           );
-          return rows.length > 0 ? rows.length : undefined;
+          return cut.length > 0;
         });
-        expect(cut).toBeGreaterThan(0);
       }
       markers.forEach((marker) => ledger.letGo(marker));
       await expectWhole(chaos, await Promise.all(streams), { speakers });

@@ -19,7 +19,6 @@ const CUT_OFF_MS = 1000;
 let chaos: Chaos;
 
 beforeAll(async () => {
-  if (!NGINX && !process.env.CI) return;
   chaos = await Chaos.start({ nginx: true });
 }, PATIENCE_MS);
 afterAll(() => chaos?.stop(), PATIENCE_MS);
@@ -97,7 +96,10 @@ withNginx(`through nginx and several processes${NGINX ? '' : ': nginx is not ins
         const heads = await Promise.all(leaving.map((stream) => stream.take(chaos.random.int(1, 50))));
         const lines = (await faithful).map(({ data }) => data);
         expect(faultsOfStream(await faithful, id)).toEqual([]);
-        for (const head of heads) expect(lines).toEqual(expect.arrayContaining(head.map(({ data }) => data)));
+        for (const head of heads) {
+          expect(head.length).toBeGreaterThanOrEqual(1);
+          expect(head.map(({ data }) => data)).toEqual(lines.slice(0, head.length));
+        }
         expect(await rowOf(id)).toMatchObject({ status: 'completed', attempt: 1 });
       }
     });
@@ -183,7 +185,8 @@ withNginx('a cancellation at a process that has nothing to do with the execution
       for (let round = 0; round < 10; round++) {
         const marker = chaos.marker('chain');
         const stream = await api(0).stream({ deployment_name: deployment, query: marker });
-        await until(() => chaos.ledger.of(marker).length > chaos.random.int(0, 10));
+        const calls = chaos.random.int(1, 11);
+        await until(() => chaos.ledger.of(marker).length >= calls);
         expect(await cancel(stream.executionId, 1)).toBe(202);
         const begun = chaos.ledger.of(marker).length;
         const frames = await stream.frames();

@@ -36,7 +36,7 @@ async function runUntilCalledBy(worker: StackProcess): Promise<void> {
     chaos.ledger.letGo(marker);
     const speakers = () => [{ agent_id: 'a', pieces: PIECES }];
     await expectWhole(chaos, await Promise.all(runs), { speakers });
-    return isOfWorker || undefined;
+    return isOfWorker;
   }, PATIENCE_MS);
 }
 

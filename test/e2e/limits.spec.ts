@@ -49,7 +49,7 @@ async function answer(query: string): Promise<void> {
 }
 
 const untilCalled = (queries: string[]) =>
-  until(() => calls.length >= queries.length || undefined).then(() =>
+  until(() => calls.length >= queries.length).then(() =>
     expect(calls.map(({ query }) => query)).toEqual(queries),
   );
 
@@ -79,11 +79,11 @@ describe('max_concurrency', () => {
     const waiting = await at(1).json<ExecutionBody>(`/api/executions/${ids[1]}`);
     expect(waiting.body.status).toBe('queued');
     await accept(at(1), free, 'free');
-    await until(() => calls.some(({ query }) => query === 'free') || undefined);
+    await until(() => calls.some(({ query }) => query === 'free'));
 
     for (const [index, query] of queries.entries()) {
       await answer(query);
-      await until(() => calls.length === Math.min(index + 3, 7) || undefined);
+      await until(() => calls.length === Math.min(index + 3, 7));
     }
     expect(calls.map(({ query }) => query).filter((query) => query !== 'free')).toEqual(queries);
     for (const id of ids) {
@@ -97,11 +97,11 @@ describe('max_concurrency', () => {
     const limited = await at(0).deploy(upstreamAgent(), { max_concurrency: 2 });
     const ids: string[] = [];
     for (let index = 0; index < 5; index++) ids.push(await accept(at(index), limited, `${index}`));
-    await until(() => calls.length === 2 || undefined);
+    await until(() => calls.length === 2);
     const cancel = (id = '') => at(1).json<ExecutionBody>(`/api/executions/${id}/cancel`, { method: 'POST' });
     expect((await cancel(ids[2])).body.status).toBe('cancelled');
     expect((await cancel(ids[0])).status).toBe(202);
-    await until(() => calls.length === 3 || undefined);
+    await until(() => calls.length === 3);
     expect(calls.map(({ query }) => query).toSorted()).toEqual(['0', '1', '3']);
     await answer('1');
     await answer('3');
@@ -119,9 +119,9 @@ describe('max_concurrency', () => {
       method: 'POST',
       body: { deployment_name: name, runtime_config: { max_concurrency: 3 } },
     });
-    await until(() => calls.length === 3 || undefined);
+    await until(() => calls.length === 3);
     await studio.json(`/api/workflows/deployments/${name}`, { method: 'DELETE' });
-    await until(() => calls.length === 6 || undefined);
+    await until(() => calls.length === 6);
     for (let index = 0; index < 6; index++) await answer(`${index}`);
   });
 

@@ -47,7 +47,7 @@ export async function expectWhole(
       ...faultsOfRow(row),
       ...faultsOfStream(log, run.executionId),
       ...faultsOfText(log, { marker: run.marker, speakers: speakers(run), attempts }),
-      ...(isForgotten ? [] : faultsOfDelivery(run, log)),
+      ...(isForgotten ? [] : [...faultsOfDelivery(run, log), ...faultsOfPosition(run)]),
       ...faultsOfCalls(chaos, { marker: run.marker, ...own, attempts }),
     ];
     if (found.length === 0) return;
@@ -70,6 +70,11 @@ function faultsOfDelivery({ frames }: ClientRun, log: Frame[]): string[] {
   const different = frames.findIndex(({ data }, index) => data !== log[index]?.data);
   if (different >= 0) return [`chunk ${different + 1} was delivered as ${frames[different]?.data}`];
   return frames.length === log.length ? [] : [`${frames.length} of ${log.length} chunks were delivered`];
+}
+
+/** Nothing that a client had was taken back. */
+function faultsOfPosition({ rereads }: ClientRun): string[] {
+  return rereads === 0 ? [] : [`its position was refused ${rereads} times`];
 }
 
 function faultsOfText(
@@ -99,17 +104,27 @@ function faultsOfText(
 
 /** By the ledger: a finished step is never called again, and none is called more often than it was taken up. */
 function faultsOfCalls(chaos: Chaos, { marker, steps, completions, attempts }: CalledSteps): string[] {
-  return steps.flatMap(({ agent_id, status }) => {
-    const calls = chaos.ledger.of(marker, agent_id);
-    const completion = completions.find((candidate) => candidate.agent_id === agent_id);
-    if (status !== 'completed' || !completion) return [`${agent_id} is ${status}`];
-    const faults: string[] = [];
-    const late = calls.filter(({ begunAt }) => begunAt > completion.completed_at.getTime());
-    if (late.length > 0) faults.push(`${agent_id} was called ${late.length} times after its end`);
-    if (calls.length > attempts) faults.push(`${agent_id}: ${calls.length} calls in ${attempts} attempts`);
-    if (calls.length === 0) faults.push(`${agent_id} was never called`);
-    return faults;
-  });
+  const called = new Set(chaos.ledger.of(marker).map(({ agent }) => agent));
+  steps.forEach(({ agent_id }) => called.delete(agent_id));
+  const faults = [...called].map((agent) => `${agent} was called and has no step`);
+  if (steps.length === 0) faults.push('it has no step');
+  return faults.concat(steps.flatMap((step) => faultsOfStep(chaos, step, { marker, completions, attempts })));
+}
+
+function faultsOfStep(
+  chaos: Chaos,
+  { agent_id, status }: Step,
+  { marker, completions, attempts }: Omit<CalledSteps, 'steps'>,
+): string[] {
+  const calls = chaos.ledger.of(marker, agent_id);
+  const completion = completions.find((candidate) => candidate.agent_id === agent_id);
+  if (status !== 'completed' || !completion) return [`${agent_id} is ${status}`];
+  const faults: string[] = [];
+  const late = calls.filter(({ begunAt }) => begunAt > completion.completed_at.getTime());
+  if (late.length > 0) faults.push(`${agent_id} was called ${late.length} times after its end`);
+  if (calls.length > attempts) faults.push(`${agent_id}: ${calls.length} calls in ${attempts} attempts`);
+  if (calls.length === 0) faults.push(`${agent_id} was never called`);
+  return faults;
 }
 
 interface CalledSteps {

@@ -1,5 +1,5 @@
 import { setTimeout as sleep } from 'node:timers/promises';
-import { Studio } from './studio.js';
+import { Studio, isTerminal } from './studio.js';
 import type { EventStream, Frame } from './studio.js';
 import type { Random } from './random.js';
 
@@ -7,9 +7,6 @@ import type { Random } from './random.js';
 const SILENCE_MS = 4000;
 /** Before it connects again. */
 const PAUSE_MS = 50;
-const TERMINAL = new Set(['completed', 'error', 'cancelled']);
-
-export const isTerminal = ({ chunk }: Frame) => TERMINAL.has(chunk.status ?? '');
 
 /** What became of a request, told by whoever sent it. */
 export interface ClientRun {
@@ -17,7 +14,7 @@ export interface ClientRun {
   executionId: string;
   /** All that was received, over all connections; empty for those who did not stream. */
   frames: Frame[];
-  /** Connections that brought something, or were accepted. */
+  /** Streams that were answered with 200. */
   connections: number;
   /** Connections that ended in good order, and without a terminal chunk. */
   cleanCloses: number;

@@ -19,8 +19,6 @@ import type { Frame } from './studio.js';
 export const QUEUE: 'postgres' | 'redis' = globalThis.CHAOS_QUEUE ?? 'postgres';
 /** How long a silent worker keeps its executions. */
 export const LOCK_MS = 1000;
-/** A killed worker's executions go on elsewhere within this time after their locks. */
-export const TAKEOVER_MS = 3000;
 /** Only ends a test that hangs. */
 export const PATIENCE_MS = 60_000;
 /** The same for a whole test; Jest's own limit, which reports nothing, has to be longer. */
@@ -118,7 +116,7 @@ export class Chaos {
   }
 
   private clientOptions(urls = this.apiUrls) {
-    return { urls, random: this.random, patienceMs: PATIENCE_MS };
+    return { urls, random: new Random(SEED + this.markers), patienceMs: PATIENCE_MS };
   }
 
   /** Which process made a call that is still open. */
@@ -182,7 +180,7 @@ export class Chaos {
         `SELECT execution_id FROM execution WHERE execution_id = ANY ($1) AND status IN ('queued', 'running')`,
         [ids],
       );
-    await until(async () => (await unfinished()).length === 0 || undefined, ms).catch(async () => {
+    await until(async () => (await unfinished()).length === 0, ms).catch(async () => {
       const rows = await unfinished();
       const some = await Promise.all(rows.slice(0, 3).map(({ execution_id }) => this.describe(execution_id)));
       throw new Error(`${rows.length} of ${ids.length} have not ended after ${ms} ms.\n${some.join('\n')}`);

@@ -1,6 +1,6 @@
 /**
- * Decides what happens when. `CHAOS_SEED`, which chaos-setup.mjs sets otherwise, repeats the decisions of an earlier run,
- * though not the moments of its processes.
+ * Decides what happens when. `CHAOS_SEED`, which chaos-setup.mjs sets otherwise, gives the numbers of an earlier run in the
+ * order in which they are asked for; the moments of its processes it can't repeat.
  */
 export const SEED = Number(process.env.CHAOS_SEED);
 

@@ -166,20 +166,24 @@ export function kept(frames: Frame[]): Frame[] {
   );
 }
 
+/** Whether a chunk is the last one of its execution. */
+export function isTerminal({ chunk: { status } }: Frame): boolean {
+  return status === 'completed' || status === 'error' || status === 'cancelled';
+}
+
 /** What is wrong with a whole stream: its order, its ids, its ends. Nothing, if it is as promised. */
 export function faultsOfStream(frames: Frame[], executionId: string): string[] {
   const faults: string[] = [];
-  frames.forEach(({ id, chunk }, index) => {
+  frames.forEach((frame, index) => {
+    const { id, chunk } = frame;
     const isLast = index === frames.length - 1;
-    const isTerminal =
-      chunk.status === 'completed' || chunk.status === 'error' || chunk.status === 'cancelled';
     if (chunk.sequence !== index + 1) faults.push(`chunk ${index + 1} has sequence ${chunk.sequence}`);
     if (id !== `${executionId}:${index + 1}`) faults.push(`chunk ${index + 1} has the id ${id}`);
     if (chunk.execution_id !== executionId)
       faults.push(`chunk ${index + 1} is of execution ${chunk.execution_id}`);
     if ((index === 0) !== (chunk.status === 'started'))
       faults.push(`chunk ${index + 1} has status ${chunk.status}`);
-    if (isLast !== isTerminal)
+    if (isLast !== isTerminal(frame))
       faults.push(`chunk ${index + 1} of ${frames.length} has status ${chunk.status}`);
   });
   if (frames.length === 0) faults.push('there is no chunk');

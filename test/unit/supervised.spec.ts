@@ -7,7 +7,7 @@ class Program extends Supervised {
   end = () => {};
 
   constructor(private readonly launched: (program: Program) => Promise<void>) {
-    super({ name: 'program', restart: true, stopMs: 1000, log: (message) => this.said.push(message) });
+    super({ name: 'program', stopMs: 1000, log: (message) => this.said.push(message) });
   }
 
   override async launch(): Promise<void> {
