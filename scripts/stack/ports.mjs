@@ -1,5 +1,5 @@
 import { once } from 'node:events';
-import { createServer } from 'node:net';
+import { connect, createServer } from 'node:net';
 
 /**
  * Below the ports that systems give to outgoing connections (32768 on Linux, 49152 elsewhere): one of those could be
@@ -21,6 +21,9 @@ export async function freePort() {
 }
 
 /**
+ * Whether a program could listen there. It listens for a moment itself, so it is not for a port that clients know: one of them
+ * would be lost.
+ *
  * @param {number} port
  * @param {string} host
  */
@@ -35,4 +38,23 @@ export async function isFree(port, host) {
   probe.close();
   await once(probe, 'close');
   return true;
+}
+
+/**
+ * Whether a program listens there, also one that is stopped.
+ *
+ * @param {number} port
+ * @param {string} host
+ */
+export async function isTaken(port, host) {
+  const probe = connect(port, host);
+  try {
+    await once(probe, 'connect');
+    return true;
+  } catch (error) {
+    if (error.code === 'ECONNREFUSED') return false;
+    throw error;
+  } finally {
+    probe.destroy();
+  }
 }

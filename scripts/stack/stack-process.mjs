@@ -1,7 +1,7 @@
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { closeSync, openSync } from 'node:fs';
-import { isFree } from './ports.mjs';
+import { isTaken } from './ports.mjs';
 import { Supervised, lastLines, sendSignal, until } from './supervised.mjs';
 
 const START_TIMEOUT_MS = 120_000;
@@ -96,7 +96,7 @@ export class StackProcess extends Supervised {
   async #untilPortIsFree() {
     const giveUpAt = Date.now() + (this.starts === 0 ? 0 : LEFTOVERS_MS);
     await until(async () => {
-      const isOurs = await isFree(this.port, this.host);
+      const isOurs = !(await isTaken(this.port, this.host));
       if (!isOurs && Date.now() >= giveUpAt) throw new PortTakenError(this);
       return isOurs;
     });
