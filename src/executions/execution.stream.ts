@@ -78,7 +78,7 @@ export class ExecutionStreams {
   }
 
   private open({ response, ...from }: StreamRequest): Observable<MessageEvent> {
-    this.subscribers.follow(from.execution_id, response);
+    this.subscribers.followUntilOver(from.execution_id, response);
     return eventStream(response, { source: (signal) => this.chunks(from, signal), metrics: this.metrics });
   }
 

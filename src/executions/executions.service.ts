@@ -50,7 +50,7 @@ export class ExecutionsService {
     onceOver(response, () => gone.abort());
     const { execution_id, status } = await this.acceptance.accept(request, idempotencyKey);
     nameExecution(response, execution_id);
-    this.subscribers.follow(execution_id, response);
+    this.subscribers.followUntilOver(execution_id, response);
     if (!isFinal(status)) {
       for await (const batch of this.log.read(execution_id, 0, { signal: gone.signal })) {
         if (batch.terminal) break;

@@ -117,11 +117,15 @@ export class Subscribers implements OnApplicationShutdown {
       .catch((error: unknown) => this.logger.warn(error));
   }
 
-  /** Counts a client of the execution until its answer is over, be it that it is so already. One that asks for the head alone does not follow. */
-  follow(executionId: string, response: Response): void {
-    if (response.req.method === 'HEAD') return;
+  /** Counts a client of the execution, until the function that it returns is called: once. */
+  follow(executionId: string): () => void {
     this.change(executionId, 1);
-    onceOver(response, () => this.change(executionId, -1));
+    return () => this.change(executionId, -1);
+  }
+
+  /** Counts a client until its answer is over, be it that it is so already. One that asks for the head alone does not follow. */
+  followUntilOver(executionId: string, response: Response): void {
+    if (response.req.method !== 'HEAD') onceOver(response, this.follow(executionId));
   }
 
   /** Takes the clients of dead processes out of the counts. */
