@@ -1,5 +1,6 @@
 import { Global, Module } from '@nestjs/common';
 import type { DynamicModule } from '@nestjs/common';
+import { BatchesModule } from './batches/batches.module.js';
 import { CONFIG } from './config.js';
 import type { ServerConfig } from './config.js';
 import { DatabaseModule } from './database/database.module.js';
@@ -16,7 +17,14 @@ export class AppModule {
   static forRoot(config: ServerConfig): DynamicModule {
     return {
       module: AppModule,
-      imports: [DatabaseModule, WorkflowsModule, DeploymentsModule, ExecutionsModule, HealthModule],
+      imports: [
+        DatabaseModule,
+        WorkflowsModule,
+        DeploymentsModule,
+        ExecutionsModule,
+        BatchesModule,
+        HealthModule,
+      ],
       providers: [{ provide: CONFIG, useValue: config }, Metrics],
       exports: [CONFIG, Metrics],
     };

@@ -1,5 +1,7 @@
 import { Client } from 'pg';
 import { DataSource } from 'typeorm';
+import { BatchOrder } from './entities/batch-order.entity.js';
+import { Batch } from './entities/batch.entity.js';
 import { DeploymentRevision } from './entities/deployment-revision.entity.js';
 import { Deployment } from './entities/deployment.entity.js';
 import { ExecutionChunk } from './entities/execution-chunk.entity.js';
@@ -38,6 +40,8 @@ export function createDataSource({ url, poolSize = 10, timeoutMs }: DatabaseOpti
       Deployment,
       DeploymentRevision,
       Execution,
+      Batch,
+      BatchOrder,
       Step,
       ExecutionChunk,
       ExecutionSubscriber,

@@ -86,16 +86,32 @@ export type OverrideField = keyof AgentOverrides;
 /** The fields that `runtime_config.allowed_overrides` may name; each one is meant for all agents and for single ones. */
 export const OVERRIDE_FIELDS = Object.keys(overrideFields.shape) as readonly OverrideField[];
 
+/** What overrides are checked against. */
+export interface OverrideRules {
+  agents: { has(agent_id: string): boolean };
+  allowed?: readonly string[];
+  models: ModelRegistry;
+}
+
+export const OVERRIDES_REFUSED = 'The runtime overrides are not allowed';
+
 /**
  * Checks a request's `runtime_overrides` (nothing and `null` count as none). `agents` knows the deployed agents, and
  * `allowed` holds the fields that the deployment allows (all of them if it is left out).
  * Throws `AppError` `override_not_allowed` with every fault, its pointers beginning with `/runtime_overrides`.
  */
-export function parseOverrides(
+export function parseOverrides(value: unknown, options: OverrideRules): RuntimeOverrides {
+  const { overrides, faults } = checkOverrides(value, '/runtime_overrides', options);
+  refuse('override_not_allowed', OVERRIDES_REFUSED, faults);
+  return overrides ?? {};
+}
+
+/** As {@link parseOverrides}, but answers with the faults, whose pointers begin with `pointer`. */
+export function checkOverrides(
   value: unknown,
-  options: { agents: { has(agent_id: string): boolean }; allowed?: readonly string[]; models: ModelRegistry },
-): RuntimeOverrides {
-  const pointer = '/runtime_overrides';
+  pointer: string,
+  options: OverrideRules,
+): { overrides?: RuntimeOverrides; faults: Fault[] } {
   const given = value ?? {};
   const faults = findUnsafeJson(given, pointer);
   const overrides = parseShape(overridesSchema, given, { pointer, faults });
@@ -110,15 +126,10 @@ export function parseOverrides(
       faults.push(...checkFields(fields, at, options));
     }
   }
-  refuse('override_not_allowed', 'The runtime overrides are not allowed', faults);
-  return overrides ?? {};
+  return { overrides, faults };
 }
 
-function checkFields(
-  fields: AgentOverrides,
-  pointer: string,
-  options: { allowed?: readonly string[]; models: ModelRegistry },
-): Fault[] {
+function checkFields(fields: AgentOverrides, pointer: string, options: OverrideRules): Fault[] {
   const faults: Fault[] = [];
   const { allowed } = options;
   for (const field of Object.keys(fields)) {

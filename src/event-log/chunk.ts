@@ -14,10 +14,27 @@ export interface StepProgress {
   progress: number;
 }
 
+/** How many items of a batch there are, and how many of them are in each state. */
+export interface ItemCounts {
+  total: number;
+  queued: number;
+  running: number;
+  completed: number;
+  error: number;
+  cancelled: number;
+}
+
+/** `data` of a batch's own chunks: its items in their order, and once it has ended their ends and where the results are. */
+export interface BatchData {
+  items: { item_id: string; execution_id: string; status?: string; self?: string }[];
+  counts?: ItemCounts;
+  results?: string;
+}
+
 /** What a producer hands to the log; the log adds the rest of the {@link Chunk}. Keys are in the order of the wire. */
 export interface ChunkContent {
   type: 'status' | 'content' | 'progress';
-  data?: string | StepProgress;
+  data?: string | StepProgress | BatchData;
   status?: ChunkStatus;
   error?: string;
   code?: string;
@@ -30,7 +47,11 @@ export interface ChunkContent {
 export interface Chunk extends ChunkContent {
   deployment_name: string;
   workflow_id: string;
-  execution_id: string;
+  /** Absent in the two chunks of a batch itself. */
+  execution_id?: string;
+  /** With `item_id`: the batch that the execution is an item of. */
+  batch_id?: string;
+  item_id?: string;
   /** 1, 2, 3 … without gaps within an execution. */
   sequence: number;
   /** ISO 8601 in UTC with milliseconds. */
@@ -41,7 +62,9 @@ export interface Chunk extends ChunkContent {
 export interface ChunkOrigin {
   deployment_name: string;
   workflow_id: string;
-  execution_id: string;
+  execution_id?: string;
+  batch_id?: string | null;
+  item_id?: string | null;
 }
 
 /** Line breaks of Unicode that JSON leaves as they are; Python's `splitlines` and others cut at them. */
@@ -58,8 +81,9 @@ export class ChunkSerializer {
   private time = NaN;
   private timestamp = '';
 
-  constructor({ deployment_name, workflow_id, execution_id }: ChunkOrigin) {
-    this.origin = JSON.stringify({ deployment_name, workflow_id, execution_id }).slice(1, -1);
+  constructor({ deployment_name, workflow_id, execution_id, batch_id, item_id }: ChunkOrigin) {
+    const ofBatch = { batch_id: batch_id ?? undefined, item_id: item_id ?? undefined };
+    this.origin = toJson({ deployment_name, workflow_id, execution_id, ...ofBatch }).slice(1, -1);
   }
 
   /** Puts the parts of the JSON together itself: with thousands of chunks a second, a whole object each time costs too much. */

@@ -13,6 +13,7 @@ export interface LogBatch {
 
 /** What makes a worker the owner of an execution's log. */
 export interface LogOwner extends ChunkOrigin {
+  execution_id: string;
   /** The fencing token that its claim was given: a newer one shuts it out. */
   fence: number;
   /** Highest sequence that is in the log already. */

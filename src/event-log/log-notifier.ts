@@ -1,8 +1,9 @@
 import { randomUUID } from 'node:crypto';
-import { Logger } from '@nestjs/common';
-import type { Pool } from 'pg';
-import type { Notifications } from '../database/notifications.js';
-import type { LogSubscriptions } from './log-subscriptions.js';
+import { Injectable, Logger } from '@nestjs/common';
+import type { OnApplicationShutdown, OnModuleInit } from '@nestjs/common';
+import { Pool } from 'pg';
+import { Notifications } from '../database/notifications.js';
+import { LogSubscriptions } from './log-subscriptions.js';
 import { POSITIONS } from './statements.js';
 
 const CHANNEL = 'agent_studio_log';
@@ -24,35 +25,34 @@ export interface LogPosition {
  * notifies nobody. Notifications may be lost (a reconnect, a process that has not been heard yet); a slow poll and a
  * fresh look at the table after each reconnect make up for that.
  */
-export class LogNotifier {
+@Injectable()
+export class LogNotifier implements OnModuleInit, OnApplicationShutdown {
   private readonly logger = new Logger(LogNotifier.name);
   private readonly self = randomUUID();
   private readonly peers = new Map<string, number>();
-  private readonly notifications: Notifications;
-  private readonly pool: Pool;
-  private readonly subscriptions: LogSubscriptions;
   private readonly unsent = new Map<string, number>();
   private mustGreet = false;
   private sending: Promise<void> | undefined;
   private beat: NodeJS.Timeout | undefined;
   private stopped = false;
 
-  constructor(options: { notifications: Notifications; pool: Pool; subscriptions: LogSubscriptions }) {
-    this.notifications = options.notifications;
-    this.pool = options.pool;
-    this.subscriptions = options.subscriptions;
-    this.notifications.listen(CHANNEL, {
+  constructor(
+    private readonly notifications: Notifications,
+    private readonly pool: Pool,
+    private readonly subscriptions: LogSubscriptions,
+  ) {
+    notifications.listen(CHANNEL, {
       onNotification: (payload) => this.receive(payload),
       onConnect: () => this.subscriptions.invalidateAll(),
     });
   }
 
-  async start(): Promise<void> {
+  async onModuleInit(): Promise<void> {
     await this.greet();
     this.scheduleBeat();
   }
 
-  stop(): void {
+  onApplicationShutdown(): void {
     this.stopped = true;
     clearTimeout(this.beat);
   }

@@ -1,11 +1,26 @@
-import { isTerminalChunk } from './chunk.js';
+import { Injectable } from '@nestjs/common';
 import type { LogBatch } from './event-log.js';
+import { join, trim } from './log-batch.js';
 
 /** Characters of chunks that wait in memory for one reader; past that it is sent to the stored rows. */
 const MOST_WAITING_CHARACTERS = 64 * 1024;
+/** Characters that wait for all readers together, however many there are and however slow. */
+const MOST_WAITING_IN_ALL = 32 * 1024 * 1024;
+
+/** Who is told about a log. */
+export interface LogListener {
+  /** A batch that was committed by this process. */
+  deliver(batch: LogBatch, characters: number): void;
+  /** Another process committed up to `last`. */
+  announce(last: number): void;
+  /** There may be stored rows that nobody announced. */
+  invalidate(): void;
+  /** Nothing more will come: the process shuts down, or the log was deleted. */
+  close(): void;
+}
 
 /** What one reader is told about its execution: committed batches while it keeps up, and how far the log goes. */
-export class LogSubscription {
+export class LogSubscription implements LogListener {
   private batches: LogBatch[] = [];
   private waitingCharacters = 0;
   private wake: (() => void) | undefined;
@@ -14,24 +29,30 @@ export class LogSubscription {
   /** Highest sequence that is known to be committed. Infinity: unknown, the stored rows must be asked. */
   private known = Infinity;
 
-  /** A batch that was committed by this process. One that does not fit is left to the stored rows. */
+  /** @param inAll what waits for all readers, in characters */
+  constructor(private readonly inAll: { characters: number }) {}
+
+  /** One that does not fit is left to the stored rows. */
   deliver(batch: LogBatch, characters: number): void {
-    if (this.waitingCharacters + characters <= MOST_WAITING_CHARACTERS) {
+    if (
+      this.waitingCharacters + characters <= MOST_WAITING_CHARACTERS &&
+      this.inAll.characters + characters <= MOST_WAITING_IN_ALL
+    ) {
       this.batches.push(batch);
       this.waitingCharacters += characters;
+      this.inAll.characters += characters;
     }
     this.known = Math.max(this.known, batch.last);
     this.notify();
   }
 
-  /** Another process committed up to `last`. What is known already wakes nobody: silence must stay silence. */
+  /** What is known already wakes nobody: silence must stay silence. */
   announce(last: number): void {
     if (last <= this.known) return;
     this.known = last;
     this.notify();
   }
 
-  /** There may be stored rows that nobody announced. */
   invalidate(): void {
     this.known = Infinity;
     this.notify();
@@ -44,10 +65,7 @@ export class LogSubscription {
 
   /** All waiting chunks right after `cursor` as one batch; undefined if the next one is not among them. */
   take(cursor: number): LogBatch | undefined {
-    const waiting = this.batches;
-    if (waiting.length === 0) return undefined;
-    this.batches = [];
-    this.waitingCharacters = 0;
+    const waiting = this.discard();
     let taken: LogBatch | undefined;
     for (const batch of waiting) {
       const at = taken?.last ?? cursor;
@@ -57,6 +75,15 @@ export class LogSubscription {
       taken = join(taken, trim(batch, at));
     }
     return taken;
+  }
+
+  /** Lets go of all that waits, and returns it. */
+  discard(): LogBatch[] {
+    const waiting = this.batches;
+    this.batches = [];
+    this.inAll.characters -= this.waitingCharacters;
+    this.waitingCharacters = 0;
+    return waiting;
   }
 
   /** Whether the stored rows must be read to go on after `cursor`. */
@@ -99,81 +126,62 @@ export class LogSubscription {
 }
 
 /** Who reads what in this process. */
+@Injectable()
 export class LogSubscriptions {
-  private readonly byExecution = new Map<string, Set<LogSubscription>>();
+  private readonly byExecution = new Map<string, Set<LogListener>>();
+  private readonly waiting = { characters: 0 };
   private closed = false;
 
+  /** Tells a listener about a log, until {@link unlisten}. */
+  listen(executionId: string, listener: LogListener): void {
+    if (this.closed) listener.close();
+    const listeners = this.byExecution.get(executionId);
+    if (listeners) listeners.add(listener);
+    else this.byExecution.set(executionId, new Set([listener]));
+  }
+
+  unlisten(executionId: string, listener: LogListener): void {
+    const listeners = this.byExecution.get(executionId);
+    listeners?.delete(listener);
+    if (listeners?.size === 0) this.byExecution.delete(executionId);
+  }
+
   add(executionId: string): LogSubscription {
-    const subscription = new LogSubscription();
-    subscription.closed = this.closed;
-    const subscriptions = this.byExecution.get(executionId);
-    if (subscriptions) subscriptions.add(subscription);
-    else this.byExecution.set(executionId, new Set([subscription]));
+    const subscription = new LogSubscription(this.waiting);
+    this.listen(executionId, subscription);
     return subscription;
   }
 
   remove(executionId: string, subscription: LogSubscription): void {
-    const subscriptions = this.byExecution.get(executionId);
-    subscriptions?.delete(subscription);
-    if (subscriptions?.size === 0) this.byExecution.delete(executionId);
+    this.unlisten(executionId, subscription);
+    subscription.discard();
   }
 
   /** Hands a batch that this process has just committed to its readers. */
   deliver(executionId: string, batch: LogBatch, characters: number): void {
-    this.byExecution.get(executionId)?.forEach((subscription) => subscription.deliver(batch, characters));
+    this.byExecution.get(executionId)?.forEach((listener) => listener.deliver(batch, characters));
   }
 
   announce(executionId: string, last: number): void {
-    this.byExecution.get(executionId)?.forEach((subscription) => subscription.announce(last));
+    this.byExecution.get(executionId)?.forEach((listener) => listener.announce(last));
   }
 
   invalidateAll(): void {
-    for (const subscriptions of this.byExecution.values())
-      subscriptions.forEach((subscription) => subscription.invalidate());
+    for (const listeners of this.byExecution.values()) listeners.forEach((listener) => listener.invalidate());
   }
 
   /** Ends the readers of an execution. */
   close(executionId: string): void {
-    this.byExecution.get(executionId)?.forEach((subscription) => subscription.close());
+    this.byExecution.get(executionId)?.forEach((listener) => listener.close());
   }
 
   /** Ends every reader, those to come included. */
   closeAll(): void {
     this.closed = true;
-    for (const subscriptions of this.byExecution.values()) {
-      subscriptions.forEach((subscription) => subscription.close());
-    }
+    for (const listeners of this.byExecution.values()) listeners.forEach((listener) => listener.close());
   }
 
   executionIds(): string[] {
     return [...this.byExecution.keys()];
   }
-}
-
-/** A batch without the chunks up to `cursor`. */
-export function trim(batch: LogBatch, cursor: number): LogBatch {
-  if (batch.first > cursor) return batch;
-  return { ...batch, first: cursor + 1, chunks: batch.chunks.slice(cursor + 1 - batch.first) };
-}
-
-/** Two consecutive batches as one. */
-export function join(head: LogBatch | undefined, tail: LogBatch): LogBatch {
-  if (!head) return tail;
-  return {
-    first: head.first,
-    last: tail.last,
-    chunks: head.chunks.concat(tail.chunks),
-    terminal: tail.terminal,
-  };
-}
-
-/** The batch of a stored row. */
-export function batchOf(row: { first_sequence: number; last_sequence: number; chunks: string }): LogBatch {
-  const chunks = row.chunks.split('\n');
-  return {
-    first: row.first_sequence,
-    last: row.last_sequence,
-    chunks,
-    terminal: isTerminalChunk(chunks[chunks.length - 1]),
-  };
 }

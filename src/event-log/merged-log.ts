@@ -16,4 +16,10 @@ export abstract class MergedLog {
     after: number,
     options: { signal: AbortSignal; idleMs?: number },
   ): AsyncGenerator<LogBatch, void, void>;
+
+  /** Tells the readers of all processes that the batch's last chunk is in its log. */
+  abstract ended(batchId: string): void;
+
+  /** How far the order goes that is stored by now, and whether that is the last chunk of all. */
+  abstract end(batchId: string): Promise<{ position: number; isFinal: boolean }>;
 }

@@ -1,10 +1,9 @@
 import { Inject, Injectable, Logger } from '@nestjs/common';
-import type { BeforeApplicationShutdown, OnApplicationShutdown, OnModuleInit } from '@nestjs/common';
+import type { BeforeApplicationShutdown, OnApplicationShutdown } from '@nestjs/common';
 import { Pool } from 'pg';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { GroupCommit } from '../database/group-commit.js';
-import { Notifications } from '../database/notifications.js';
 import { SessionConnection } from '../database/session-connection.js';
 import { ROW_SEPARATOR } from '../database/row-separator.js';
 import { retryWhileUnavailable } from '../database/unavailable.js';
@@ -13,8 +12,11 @@ import type { TerminalStatus } from './chunk.js';
 import { EventLog } from './event-log.js';
 import type { LogBatch, LogOwner, LogWriter } from './event-log.js';
 import { FlushSchedule } from './flush-schedule.js';
+import { follow } from './follow.js';
+import type { StoredChunks } from './follow.js';
+import { batchOf, join, trim } from './log-batch.js';
 import { LogNotifier } from './log-notifier.js';
-import { LogSubscriptions, batchOf, join, trim } from './log-subscriptions.js';
+import { LogSubscriptions } from './log-subscriptions.js';
 import { ExecutionLogWriter } from './log-writer.js';
 import type { LogWriterHost, PendingRow, WrittenEnd } from './log-writer.js';
 import { END, FLUSH, READ } from './statements.js';
@@ -39,12 +41,6 @@ interface ReadRow {
   chunks: string;
 }
 
-/** `more`: the read was cut, there may be further rows. */
-interface StoredChunks {
-  batch: LogBatch | undefined;
-  more: boolean;
-}
-
 interface EndedRow {
   execution_id: string;
   fence: number;
@@ -64,10 +60,9 @@ interface WriterEnd {
 @Injectable()
 export class PostgresEventLog
   extends EventLog
-  implements OnModuleInit, BeforeApplicationShutdown, OnApplicationShutdown, LogWriterHost
+  implements BeforeApplicationShutdown, OnApplicationShutdown, LogWriterHost
 {
   private readonly logger = new Logger(PostgresEventLog.name);
-  private readonly subscriptions = new LogSubscriptions();
   private readonly dirty = new Set<ExecutionLogWriter>();
   private readonly flushes = new FlushSchedule(() => this.flush());
   private readonly ends = new GroupCommit<WriterEnd, TerminalStatus | undefined>((items) =>
@@ -79,24 +74,19 @@ export class PostgresEventLog
   );
   private readonly shutdown = new AbortController();
   private readonly session: SessionConnection;
-  private readonly notifier: LogNotifier;
 
   constructor(
     private readonly pool: Pool,
     @Inject(CONFIG) private readonly config: ServerConfig,
     private readonly metrics: Metrics,
-    notifications: Notifications,
+    private readonly subscriptions: LogSubscriptions,
+    private readonly notifier: LogNotifier,
   ) {
     super();
     this.session = new SessionConnection({
       connectionString: config.DATABASE_URL,
       setup: [`SET synchronous_commit = ${config.DURABLE_CHUNKS === 'true' ? 'on' : 'off'}`],
     });
-    this.notifier = new LogNotifier({ notifications, pool, subscriptions: this.subscriptions });
-  }
-
-  async onModuleInit(): Promise<void> {
-    await this.notifier.start();
   }
 
   /** After the workers have drained, and before the HTTP server waits for its connections. */
@@ -107,7 +97,6 @@ export class PostgresEventLog
   /** Late, so that executions that end during the shutdown still get their last chunks in. */
   async onApplicationShutdown(): Promise<void> {
     this.shutdown.abort(new Error('The event log is closed.'));
-    this.notifier.stop();
     await this.session.close();
   }
 
@@ -121,26 +110,10 @@ export class PostgresEventLog
     { signal, idleMs }: { signal: AbortSignal; idleMs?: number },
   ): AsyncGenerator<LogBatch, void, void> {
     const subscription = this.subscriptions.add(executionId);
+    const catchUp = (cursor: number, isUncertain: boolean) =>
+      this.catchUp({ executionId, after: cursor }, { signal, isShared: !isUncertain });
     try {
-      let cursor = after;
-      while (!signal.aborted && !subscription.closed) {
-        let batch = subscription.take(cursor);
-        if (!batch && subscription.isBehind(cursor)) {
-          const isShared = !subscription.isUncertain;
-          subscription.beginCatchUp(cursor);
-          const stored = await this.catchUp({ executionId, after: cursor }, { signal, isShared });
-          if (!stored) return;
-          if (stored.more) subscription.invalidate();
-          batch = stored.batch;
-        }
-        if (batch) {
-          cursor = batch.last;
-          yield batch;
-          if (batch.terminal) return;
-        } else if (!(await subscription.news(cursor, { signal, idleMs }))) {
-          yield { first: cursor + 1, last: cursor, chunks: [], terminal: false };
-        }
-      }
+      yield* follow(subscription, after, { signal, idleMs, catchUp });
     } finally {
       this.subscriptions.remove(executionId, subscription);
     }

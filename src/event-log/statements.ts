@@ -133,3 +133,26 @@ export const POSITIONS = {
                           WHERE execution_chunk.execution_id = asked.execution_id
                           ORDER BY first_sequence DESC LIMIT 1) AS newest`,
 };
+
+/**
+ * For each of some ranges of sequences, numbered from 1, the rows that hold them, cut after about $4 bytes in all.
+ */
+export const READ_RANGES = {
+  name: 'event-log-read-ranges',
+  text: `
+    SELECT range::int, first_sequence, last_sequence, chunks
+      FROM (
+        SELECT asked.range, stored.*,
+               sum(octet_length(chunks)) OVER (ORDER BY asked.range, first_sequence) - octet_length(chunks) AS bytes_before
+          FROM unnest(${unseen('$1::uuid[]')}, ${unseen('$2::int[]')}, ${unseen('$3::int[]')})
+               WITH ORDINALITY AS asked (execution_id, first, last, range)
+         CROSS JOIN LATERAL (
+           SELECT first_sequence, last_sequence, chunks FROM execution_chunk
+            WHERE execution_id = asked.execution_id
+              AND first_sequence >= coalesce((SELECT max(first_sequence) FROM execution_chunk
+                                               WHERE execution_id = asked.execution_id
+                                                 AND first_sequence <= asked.first), 0)
+              AND first_sequence <= asked.last) AS stored) AS sized
+     WHERE bytes_before < $4
+     ORDER BY range, first_sequence`,
+};

@@ -1,4 +1,3 @@
-import { setTimeout as sleep } from 'node:timers/promises';
 import { Inject, Injectable } from '@nestjs/common';
 import type { MessageEvent } from '@nestjs/common';
 import type { Response } from 'express';
@@ -7,20 +6,14 @@ import type { Observable } from 'rxjs';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { EventLog } from '../event-log/event-log.js';
-import type { LogBatch } from '../event-log/event-log.js';
 import { Metrics } from '../metrics.js';
 import { eventStream } from '../sse/event-stream.js';
+import { chunkEvents } from './chunk-events.js';
 import { ExecutionsAcceptance } from './executions.acceptance.js';
 import type { ExecuteDto } from './executions.dto.js';
 import { ExecutionsReader } from './executions.reader.js';
 import { nameExecution } from './executions.service.js';
 import { Subscribers } from './subscribers.js';
-
-/**
- * Characters that are sent at once. The next piece follows an interval later, so that a client whose code takes each
- * read for whole lines, as many do, gets whole lines: reads are of 64 KiB.
- */
-const MOST_CHARACTERS = 48 * 1024;
 
 interface StreamRequest {
   execution_id: string;
@@ -79,44 +72,12 @@ export class ExecutionStreams {
 
   private open({ response, ...from }: StreamRequest): Observable<MessageEvent> {
     this.subscribers.followUntilOver(from.execution_id, response);
-    return eventStream(response, { source: (signal) => this.chunks(from, signal), metrics: this.metrics });
+    const { execution_id: id, after } = from;
+    const { STREAM_FLUSH_INTERVAL_MS: intervalMs, HEARTBEAT_INTERVAL_MS: idleMs } = this.config;
+    return eventStream(response, {
+      source: (signal) =>
+        chunkEvents(this.log.read(id, after, { signal, idleMs }), { id, intervalMs, signal }),
+      metrics: this.metrics,
+    });
   }
-
-  /** The chunks as events, at most so many at once and so often as the pace allows; it ends after the terminal one. */
-  private async *chunks(
-    { execution_id, after }: Omit<StreamRequest, 'response'>,
-    signal: AbortSignal,
-  ): AsyncGenerator<MessageEvent[], void, void> {
-    const { STREAM_FLUSH_INTERVAL_MS: interval, HEARTBEAT_INTERVAL_MS: idleMs } = this.config;
-    let sentAt = -Infinity;
-    for await (const batch of this.log.read(execution_id, after, { signal, idleMs })) {
-      if (batch.chunks.length === 0) yield [{ comment: 'heartbeat' }];
-      for (let sequence = batch.first; sequence <= batch.last;) {
-        const early = sentAt + interval - performance.now();
-        if (early >= 1) await pause(early, signal);
-        if (signal.aborted) return;
-        const events = eventsOf(batch, sequence, execution_id);
-        sequence += events.length;
-        // `started` alone does not begin the pace: the first text leaves at once too.
-        if (sequence > 2) sentAt = performance.now();
-        yield events;
-      }
-    }
-  }
-}
-
-/** As much of a batch, from `sequence` on, as is sent at once. */
-function eventsOf(batch: LogBatch, sequence: number, executionId: string): MessageEvent[] {
-  const from = sequence - batch.first;
-  let end = from;
-  for (let characters = 0; end < batch.chunks.length && characters < MOST_CHARACTERS; end++) {
-    characters += batch.chunks[end]?.length ?? 0;
-  }
-  return batch.chunks
-    .slice(from, end)
-    .map((data, index) => ({ id: `${executionId}:${sequence + index}`, data }));
-}
-
-async function pause(ms: number, signal: AbortSignal): Promise<void> {
-  await sleep(ms, undefined, { signal }).catch(() => undefined); // only the abort rejects, and the caller looks at it
 }

@@ -1,10 +1,12 @@
 import { Injectable, Logger } from '@nestjs/common';
 import { Pool } from 'pg';
 import { v7 as uuidv7 } from 'uuid';
-import type { ExecutionInput } from '../database/entities/configuration.js';
+import type { ExecutionInput, RuntimeConfig } from '../database/entities/configuration.js';
 import type { Execution } from '../database/entities/execution.entity.js';
 import { DeploymentsService } from '../deployments/deployments.service.js';
-import { parseOverrides } from '../engine/definition.js';
+import type { ActiveDeployment } from '../deployments/deployments.service.js';
+import { OVERRIDES_REFUSED, checkOverrides } from '../engine/definition.js';
+import { refuse } from '../engine/validation.js';
 import { AppError } from '../errors.js';
 import { ChunkSerializer } from '../event-log/chunk.js';
 import { Metrics } from '../metrics.js';
@@ -36,7 +38,7 @@ const ACCEPT = {
 const FIND_BY_KEY = {
   name: 'execution-find-by-key',
   text: `
-    SELECT execution_id, status, deployment_id, deployment_name, workflow_id, input, created_at
+    SELECT execution_id, status, deployment_id, deployment_name, workflow_id, input, created_at, batch_id
       FROM execution WHERE idempotency_key = $1`,
 };
 
@@ -62,15 +64,10 @@ export class ExecutionsAcceptance {
   async accept(request: ExecuteDto, idempotencyKey?: string): Promise<AcceptedExecution> {
     const earlier = await this.findEarlier(request, idempotencyKey);
     if (earlier) return earlier;
-    const deployment = await this.deployments.findActive(request.deployment_name, request.environment);
-    const { graph, runtime_config } = await this.deployments.revision(deployment.revision_id);
+    const asked = [{ overrides: request.runtime_overrides, pointer: '' }];
+    const { deployment, runtime_config } = await this.check(request, asked);
     const input = inputOf(request);
-    parseOverrides(input.runtime_overrides, {
-      agents: graph.agents,
-      allowed: runtime_config.allowed_overrides,
-      models: this.models,
-    });
-    await this.admission.takePlace();
+    await this.admission.takePlaces(1);
 
     const { deployment_id, deployment_name, environment, workflow_id, revision_id } = deployment;
     // Those of a deployment with a limit are put into the queue by their admission.
@@ -95,6 +92,37 @@ export class ExecutionsAcceptance {
     return { execution_id, status: 'queued', deployment_name, workflow_id, deployment_id, created_at };
   }
 
+  /**
+   * Finds the deployment that is asked for, and checks runtime overrides against it: what is wrong with any of them is said
+   * at once, with its `pointer` in front. Rejects with `deployment_not_found` or `override_not_allowed`.
+   */
+  async check(
+    request: Pick<ExecuteDto, 'deployment_name' | 'environment'>,
+    asked: { overrides: unknown; pointer: string }[],
+  ): Promise<{ deployment: ActiveDeployment; runtime_config: RuntimeConfig }> {
+    const deployment = await this.deployments.findActive(request.deployment_name, request.environment);
+    const { graph, runtime_config } = await this.deployments.revision(deployment.revision_id);
+    const rules = { agents: graph.agents, allowed: runtime_config.allowed_overrides, models: this.models };
+    const faults = asked.flatMap(
+      ({ overrides, pointer }) => checkOverrides(overrides, `${pointer}/runtime_overrides`, rules).faults,
+    );
+    refuse('override_not_allowed', OVERRIDES_REFUSED, faults);
+    return { deployment, runtime_config };
+  }
+
+  /** The execution that has this key, if any; a batch has it through its first item. Rejects with `idempotency_key_invalid`. */
+  async findByKey(idempotencyKey: string | undefined): Promise<KeyedExecution | undefined> {
+    if (idempotencyKey === undefined) return undefined;
+    if (!IDEMPOTENCY_KEY.test(idempotencyKey)) {
+      throw new AppError(
+        'idempotency_key_invalid',
+        'Idempotency-Key must have 1 to 255 printable ASCII characters, such as a UUID.',
+      );
+    }
+    const { rows } = await this.pool.query<KeyedExecution>({ ...FIND_BY_KEY, values: [idempotencyKey] });
+    return rows[0];
+  }
+
   private enqueue(executionId: string): void {
     this.queue.add([executionId]).catch((error: unknown) => this.logger.error(error));
   }
@@ -103,35 +131,38 @@ export class ExecutionsAcceptance {
     request: ExecuteDto,
     idempotencyKey: string | undefined,
   ): Promise<AcceptedExecution | undefined> {
-    if (idempotencyKey === undefined) return undefined;
-    if (!IDEMPOTENCY_KEY.test(idempotencyKey)) {
-      throw new AppError(
-        'idempotency_key_invalid',
-        'Idempotency-Key must have 1 to 255 printable ASCII characters, such as a UUID.',
-      );
-    }
-    const { rows } = await this.pool.query<Execution>({ ...FIND_BY_KEY, values: [idempotencyKey] });
-    const [earlier] = rows;
+    const earlier = await this.findByKey(idempotencyKey);
     if (!earlier || isRequestOf(earlier, request)) return earlier;
-    throw new AppError(
-      'idempotency_key_reused',
-      `Idempotency-Key belongs to the execution ${earlier.execution_id}, which was asked something else. Use a new key for a new request.`,
-    );
+    return refuseKey(earlier);
   }
+}
+
+/** What has an idempotency key. */
+export type KeyedExecution = AcceptedExecution & Pick<Execution, 'input' | 'batch_id'>;
+
+/** Says that the key belongs to another request. */
+export function refuseKey({ execution_id, batch_id }: KeyedExecution): never {
+  const owner = batch_id === null ? `execution ${execution_id}` : `batch ${batch_id}`;
+  throw new AppError(
+    'idempotency_key_reused',
+    `Idempotency-Key belongs to the ${owner}, which was asked something else. Use a new key for a new request.`,
+  );
 }
 
 /** Whether an execution was made by a request with this body. */
 export function isRequestOf(
-  execution: Pick<Execution, 'deployment_name' | 'input'>,
+  execution: Pick<Execution, 'deployment_name' | 'input' | 'batch_id'>,
   request: ExecuteDto,
 ): boolean {
   return (
+    execution.batch_id === null &&
     execution.deployment_name === request.deployment_name &&
     canonical(execution.input) === canonical(inputOf(request))
   );
 }
 
-function inputOf(request: ExecuteDto): ExecutionInput {
+/** What is kept of a request, with what it leaves out. */
+export function inputOf(request: Omit<ExecuteDto, 'deployment_name'>): ExecutionInput {
   return {
     environment: request.environment,
     query: request.query,
@@ -143,7 +174,7 @@ function inputOf(request: ExecuteDto): ExecutionInput {
 }
 
 /** The same text for the same JSON value, in whatever order its members are. */
-function canonical(value: unknown): string {
+export function canonical(value: unknown): string {
   return JSON.stringify(value, (_key, part: unknown) =>
     typeof part === 'object' && part !== null && !Array.isArray(part)
       ? Object.fromEntries(Object.entries(part).toSorted(([one], [other]) => (one < other ? -1 : 1)))

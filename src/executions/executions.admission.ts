@@ -40,14 +40,14 @@ const ADMIT = {
     ), chosen AS (
       SELECT next.execution_id FROM room CROSS JOIN LATERAL (
         SELECT execution_id FROM execution
-         WHERE execution.deployment_id = room.deployment_id AND NOT admitted AND status = 'queued'
+         WHERE execution.deployment_id = room.deployment_id AND NOT admitted AND NOT held AND status = 'queued'
          ORDER BY execution_id LIMIT room.places FOR NO KEY UPDATE SKIP LOCKED) AS next
     )
     UPDATE execution SET admitted = true FROM chosen WHERE execution.execution_id = chosen.execution_id
     RETURNING execution.execution_id`,
 };
 
-const HELD_BACK = `SELECT DISTINCT deployment_id FROM execution WHERE NOT admitted AND status = 'queued'`;
+const HELD_BACK = `SELECT DISTINCT deployment_id FROM execution WHERE NOT admitted AND NOT held AND status = 'queued'`;
 
 const COUNT_QUEUED = {
   name: 'execution-count-queued',
@@ -86,22 +86,23 @@ export class ExecutionsAdmission implements OnApplicationBootstrap, OnModuleDest
     clearTimeout(this.timer);
   }
 
-  /** Takes a place for one more execution. Rejects with `queue_full`. */
-  async takePlace(): Promise<void> {
+  /** Takes places for some more executions, for all of them or for none. Rejects with `queue_full`. */
+  async takePlaces(places: number): Promise<void> {
     // Nobody is refused on an old count, and nobody else waits for a new one.
     if (performance.now() - this.countedAt > COUNT_MS)
       this.count().catch((error: unknown) => this.report(error));
-    if (this.queued >= this.config.MAX_QUEUED) await this.count();
-    if (this.queued >= this.config.MAX_QUEUED) {
+    const most = this.config.MAX_QUEUED - places;
+    if (this.queued > most) await this.count();
+    if (this.queued > most) {
       this.metrics.refusedExecutions.inc();
       throw new AppError(
         'queue_full',
-        `${this.queued} executions wait for a worker already. Try again later.`,
+        `${this.queued} executions wait for a worker already, and ${this.config.MAX_QUEUED} may. Try again later.`,
         { retryAfter: RETRY_AFTER_S },
       );
     }
-    this.queued++;
-    this.taken++;
+    this.queued += places;
+    this.taken += places;
   }
 
   /** Puts those executions of a deployment into the queue that it has room for now. */

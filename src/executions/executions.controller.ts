@@ -36,14 +36,15 @@ import { ExecutionsService } from './executions.service.js';
 
 const CHUNKS = 'Server-Sent Events; the data of each one is a chunk';
 
-const IDEMPOTENCY_KEY = {
+/** The header of a request to run something that can be repeated. */
+export const IDEMPOTENCY_KEY = {
   name: 'Idempotency-Key',
   required: false,
   description: 'The same key and body get the same execution, which runs once',
 } as const;
 
 /** What can be wrong with a request to run something. */
-const REFUSALS = [
+export const REFUSALS = [
   'validation_failed',
   'idempotency_key_invalid',
   'idempotency_key_reused',

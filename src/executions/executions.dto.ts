@@ -121,6 +121,14 @@ export class ExecutionLinksDto {
   cancel: string;
 }
 
+/** Where a batch can be watched and stopped, and its results be read. */
+export class BatchLinksDto {
+  self: string;
+  stream: string;
+  results: string;
+  cancel: string;
+}
+
 /** What is known of an execution at the moment of its acceptance. */
 export type AcceptedExecution = Pick<
   Execution,
@@ -160,6 +168,9 @@ export class ExecutionDto {
   deployment_name: string;
   environment: string;
   workflow_id: string;
+  /** The batch that it is an item of, and the name of the item there. */
+  batch_id?: string;
+  item_id?: string;
   @ApiProperty({ enum: EXECUTION_STATUSES })
   status: (typeof EXECUTION_STATUSES)[number];
   /** What the answering agents said; after a failure or a cancellation the text so far. */
@@ -192,6 +203,8 @@ export class ExecutionDto {
       deployment_name: row.deployment_name,
       environment: row.environment,
       workflow_id: row.workflow_id,
+      batch_id: row.batch_id ?? undefined,
+      item_id: row.item_id ?? undefined,
       status: row.status,
       response: row.response ?? undefined,
       error: row.code ? { code: row.code, message: row.error ?? '' } : undefined,
@@ -286,6 +299,11 @@ export class ListExecutionsDto {
   @IsUUID()
   workflow_id?: string;
 
+  /** Only the items of this batch */
+  @IsOptional()
+  @IsUUID()
+  batch_id?: string;
+
   @IsOptional()
   @IsIn(EXECUTION_STATUSES)
   status?: (typeof EXECUTION_STATUSES)[number];
@@ -339,4 +357,10 @@ export function executionLinks(executionId: string): ExecutionLinksDto {
     steps: `${self}/steps`,
     cancel: `${self}/cancel`,
   };
+}
+
+/** The addresses of a batch, relative to the server. */
+export function batchLinks(batchId: string): BatchLinksDto {
+  const self = `/api/batches/${batchId}`;
+  return { self, stream: `${self}/stream`, results: `${self}/results`, cancel: `${self}/cancel` };
 }

@@ -6,6 +6,7 @@ import { DeploymentsModule } from '../deployments/deployments.module.js';
 import { EventLogModule } from '../event-log/event-log.module.js';
 import { ModelsModule } from '../models/models.module.js';
 import { QueueModule } from '../queue/queue.module.js';
+import { BatchProgress } from './batch-progress.js';
 import { ExecutionsAcceptance } from './executions.acceptance.js';
 import { ExecutionsAdmission } from './executions.admission.js';
 import { StatusEventsModule } from '../status-events/status-events.module.js';
@@ -31,6 +32,7 @@ import { Subscribers } from './subscribers.js';
   ],
   controllers: [ExecuteController, ExecutionsController],
   providers: [
+    BatchProgress,
     ExecutionStreams,
     ExecutionsAcceptance,
     ExecutionsAdmission,
@@ -41,6 +43,15 @@ import { Subscribers } from './subscribers.js';
     Retention,
     RunningExecutions,
     StepStore,
+    Subscribers,
+  ],
+  exports: [
+    BatchProgress,
+    ExecutionStreams,
+    ExecutionsAcceptance,
+    ExecutionsAdmission,
+    ExecutionsReader,
+    ExecutionsService,
     Subscribers,
   ],
 })

@@ -119,8 +119,7 @@ export class ExecutionsReader {
    * with `execution_not_found`, and with `invalid_cursor` if the event belongs to another request.
    */
   async findRepeated(request: ExecuteDto, lastEventId: string): Promise<string> {
-    const { executionId } = parseEventId(lastEventId);
-    const execution = await this.find(executionId);
+    const execution = await this.find(parseEventId(lastEventId).id);
     if (isRequestOf(execution, request)) return execution.execution_id;
     throw new AppError(
       'invalid_cursor',
@@ -158,19 +157,20 @@ export class ExecutionsReader {
 
 function sequenceOf(eventId: string, executionId: string): number {
   const event = parseEventId(eventId);
-  if (event.executionId === executionId.toLowerCase()) return event.sequence;
+  if (event.id === executionId.toLowerCase()) return event.position;
   throw new AppError('invalid_cursor', 'Last-Event-ID belongs to another execution.');
 }
 
-function parseEventId(eventId: string): { executionId: string; sequence: number } {
-  const [, id, sequence] = /^([0-9a-f-]{36}):(\d{1,10})$/i.exec(eventId) ?? [];
-  if (!id || !sequence) {
+/** The id of an event of a stream: which stream it is of, and where it is in it. Throws `invalid_cursor`. */
+export function parseEventId(eventId: string): { id: string; position: number } {
+  const [, id, position] = /^([0-9a-f-]{36}):(\d{1,10})$/i.exec(eventId) ?? [];
+  if (!id || !position) {
     throw new AppError(
       'invalid_cursor',
-      'Last-Event-ID must be the id of an event: <execution_id>:<sequence>.',
+      'Last-Event-ID must be the id of an event, such as <execution_id>:<sequence>.',
     );
   }
-  return { executionId: id.toLowerCase(), sequence: Number(sequence) };
+  return { id: id.toLowerCase(), position: Number(position) };
 }
 
 function notFound(): never {

@@ -1,4 +1,3 @@
-import { setTimeout as sleep } from 'node:timers/promises';
 import { Injectable } from '@nestjs/common';
 import type { Response } from 'express';
 import { Pool } from 'pg';
@@ -6,18 +5,14 @@ import { validate as isUuid } from 'uuid';
 import type { Execution } from '../database/entities/execution.entity.js';
 import { AppError, toErrorCode } from '../errors.js';
 import { EventLog } from '../event-log/event-log.js';
+import { BatchProgress } from './batch-progress.js';
 import { ExecutionsAcceptance } from './executions.acceptance.js';
 import { ExecutionAcceptedDto, ExecutionDto, executionLinks, isFinal } from './executions.dto.js';
 import type { ExecuteDto, ExecuteResponseDto } from './executions.dto.js';
-import { ExecutionsAdmission } from './executions.admission.js';
 import { ExecutionsReader } from './executions.reader.js';
 import { RunningExecutions } from './running-executions.js';
 import { Subscribers, onceOver } from './subscribers.js';
-
-/** How long a cancellation waits for the worker, which may be another process, to stop; and how often it looks. */
-const CANCEL_WAIT_MS = 1000;
-const FIRST_CANCEL_POLL_MS = 5;
-const LAST_CANCEL_POLL_MS = 100;
+import { untilFinal } from './until-final.js';
 
 const REQUEST_CANCEL = {
   name: 'execution-request-cancel',
@@ -37,7 +32,7 @@ export class ExecutionsService {
     private readonly log: EventLog,
     private readonly reader: ExecutionsReader,
     private readonly running: RunningExecutions,
-    private readonly admission: ExecutionsAdmission,
+    private readonly progress: BatchProgress,
     private readonly subscribers: Subscribers,
   ) {}
 
@@ -83,11 +78,11 @@ export class ExecutionsService {
       // One that was taken up before has more than its first chunk; the worker that gets it ends it.
       if (requested?.status === 'queued' && requested.attempt === 0) {
         await this.running.end(requested, 1, { status: 'cancelled' });
-        this.admission.release(requested.deployment_id);
+        this.progress.ended(requested);
       }
       if (requested) {
-        this.running.cancel(requested.execution_id);
-        await this.waitForEnd(executionId);
+        this.running.cancel([requested.execution_id]);
+        await untilFinal(() => this.hasEnded(executionId));
       }
     }
     const execution = await this.reader.get(executionId);
@@ -97,17 +92,9 @@ export class ExecutionsService {
     return execution;
   }
 
-  private async waitForEnd(executionId: string): Promise<void> {
-    const giveUp = Date.now() + CANCEL_WAIT_MS;
-    for (
-      let delay = FIRST_CANCEL_POLL_MS;
-      Date.now() < giveUp;
-      delay = Math.min(delay * 2, LAST_CANCEL_POLL_MS)
-    ) {
-      const { rows } = await this.pool.query<Pick<Execution, 'status'>>({ ...STATUS, values: [executionId] });
-      if (!rows[0] || isFinal(rows[0].status)) return;
-      await sleep(delay);
-    }
+  private async hasEnded(executionId: string): Promise<boolean> {
+    const { rows } = await this.pool.query<Pick<Execution, 'status'>>({ ...STATUS, values: [executionId] });
+    return !rows[0] || isFinal(rows[0].status);
   }
 }
 

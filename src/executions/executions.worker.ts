@@ -15,7 +15,7 @@ import { EventLog, FencedError } from '../event-log/event-log.js';
 import { Metrics } from '../metrics.js';
 import { ModelRegistry } from '../models/model-registry.js';
 import { ExecutionQueue, LockLostError } from '../queue/execution-queue.js';
-import { ExecutionsAdmission } from './executions.admission.js';
+import { BatchProgress } from './batch-progress.js';
 import { ExecutionRun, isCheckpoint } from './execution-run.js';
 import { RunningExecutions } from './running-executions.js';
 import { StepStore } from './step-store.js';
@@ -87,7 +87,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
     private readonly models: ModelRegistry,
     private readonly steps: StepStore,
     private readonly running: RunningExecutions,
-    private readonly admission: ExecutionsAdmission,
+    private readonly progress: BatchProgress,
     private readonly metrics: Metrics,
   ) {}
 
@@ -121,7 +121,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
       if (revision instanceof AppError) {
         const { code, message } = revision;
         await this.running.end(execution, left.lastSequence, { status: 'error', code, error: message });
-        this.admission.release(execution.deployment_id);
+        this.progress.ended(execution);
         return;
       }
       if (execution.input.on_disconnect === 'cancel') {
@@ -142,9 +142,8 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
         letGo,
         cancelled,
       });
-      if (revision.runtime_config.max_concurrency !== undefined) {
-        this.admission.release(execution.deployment_id);
-      }
+      const isLimited = revision.runtime_config.max_concurrency !== undefined;
+      if (isLimited || execution.batch_id !== null) this.progress.ended(execution);
     } catch (error) {
       throw await this.giveUp(execution, error);
     } finally {

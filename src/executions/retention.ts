@@ -9,6 +9,7 @@ import { queryAtLength } from '../database/query-at-length.js';
 const BATCH_EXECUTIONS = 200;
 const BATCH_CHUNKS = 20_000;
 const BATCH_EVENTS = 5000;
+const BATCH_MERGED = 10;
 /** Between two batches, so that a large backlog does not keep the database from its work. */
 const PAUSE_MS = 100;
 /** At once; the rest of a backlog follows the next time. */
@@ -22,6 +23,8 @@ const DELETE_LOGS = `
   WITH oldest AS MATERIALIZED (
     SELECT execution_id, finished_at, last_sequence FROM execution
      WHERE log_deleted_at IS NULL AND finished_at < now() - $1 * interval '1 day'
+       AND (batch_id IS NULL OR EXISTS (SELECT 1 FROM batch WHERE batch.batch_id = execution.batch_id
+                                           AND batch.log_deleted_at IS NOT NULL))
      ORDER BY finished_at LIMIT ${BATCH_EXECUTIONS} FOR NO KEY UPDATE SKIP LOCKED
   ), batch AS MATERIALIZED (
     SELECT execution_id
@@ -34,6 +37,19 @@ const DELETE_LOGS = `
     DELETE FROM execution_subscriber WHERE execution_id IN (SELECT execution_id FROM batch)
   )
   UPDATE execution SET log_deleted_at = now() FROM batch WHERE execution.execution_id = batch.execution_id`;
+
+/** Merged logs: the order and the batches' own chunks. The logs of the items are kept until then, so that none meets a gap. */
+const DELETE_BATCHES = `
+  WITH oldest AS MATERIALIZED (
+    SELECT batch_id FROM batch
+     WHERE log_deleted_at IS NULL AND finished_at < now() - $1 * interval '1 day'
+     ORDER BY finished_at LIMIT ${BATCH_MERGED} FOR NO KEY UPDATE SKIP LOCKED
+  ), ordered AS (
+    DELETE FROM batch_order WHERE batch_id IN (SELECT batch_id FROM oldest)
+  ), deleted AS (
+    DELETE FROM execution_chunk WHERE execution_id IN (SELECT batch_id FROM oldest)
+  )
+  UPDATE batch SET log_deleted_at = now() FROM oldest WHERE batch.batch_id = oldest.batch_id`;
 
 const DELETE_EVENTS = `
   DELETE FROM status_event WHERE event_id IN (
@@ -52,9 +68,11 @@ export class Retention {
 
   /** Deletes some small batches, the oldest first, until `signal` aborts. Executions with their results and steps stay. */
   async expire(signal: AbortSignal): Promise<void> {
+    const batches = await this.deleteAll(DELETE_BATCHES, signal);
     const logs = await this.deleteAll(DELETE_LOGS, signal);
     const events = await this.deleteAll(DELETE_EVENTS, signal);
-    if (logs + events > 0) this.logger.log({ logs, events }, 'Retention deleted what is too old.');
+    if (batches + logs + events > 0)
+      this.logger.log({ batches, logs, events }, 'Retention deleted what is too old.');
   }
 
   private async deleteAll(statement: string, signal: AbortSignal): Promise<number> {

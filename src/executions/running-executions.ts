@@ -84,12 +84,11 @@ export class RunningExecutions implements OnApplicationShutdown {
     this.metrics.runningExecutions.set(this.runs.size);
   }
 
-  /** Stops the run, whichever process has it: if the notification gets lost, that one finds the request in the database. */
-  cancel(executionId: string): void {
-    this.stop(executionId);
-    this.notifications
-      .send(CANCEL_CHANNEL, [executionId])
-      .catch((error: unknown) => this.logger.debug(error));
+  /** Stops runs, whichever process has them: if the notification gets lost, that one finds the request in the database. */
+  cancel(executionIds: string[]): void {
+    if (executionIds.length === 0) return;
+    executionIds.forEach((executionId) => this.stop(executionId));
+    this.notifications.send(CANCEL_CHANNEL, executionIds).catch((error: unknown) => this.logger.debug(error));
   }
 
   private stop(executionId: string): void {

@@ -13,7 +13,11 @@ export const EXECUTION_STATUSES = ['queued', 'running', 'completed', 'error', 'c
 @Index('execution_log_kept', ['finished_at'], { where: 'log_deleted_at IS NULL AND finished_at IS NOT NULL' })
 @Index('execution_admitted', ['deployment_id'], { where: "admitted AND status IN ('queued', 'running')" })
 @Index('execution_held_back', ['deployment_id', 'execution_id'], {
-  where: "NOT admitted AND status = 'queued'",
+  where: "NOT admitted AND NOT held AND status = 'queued'",
+})
+@Index('execution_batch', ['batch_id', 'batch_index'], { unique: true, where: 'batch_id IS NOT NULL' })
+@Index('execution_batch_unfinished', ['batch_id', 'batch_index'], {
+  where: "batch_id IS NOT NULL AND status IN ('queued', 'running')",
 })
 @Index('execution_unfinished', ['status'], { where: "status IN ('queued', 'running')" })
 export class Execution {
@@ -55,10 +59,26 @@ export class Execution {
   @Column('boolean', { default: true })
   admitted: boolean;
 
+  /** The batch that it is an item of. */
+  @Column('uuid', { nullable: true })
+  batch_id: string | null;
+
+  /** Its place among the items, from 0. */
+  @Column('integer', { nullable: true })
+  batch_index: number | null;
+
+  /** The client's name for the item. */
+  @Column('text', { nullable: true })
+  item_id: string | null;
+
+  /** True while it waits for other items of its batch (`concurrency`); it is not admitted then either. */
+  @Column('boolean', { default: false })
+  held: boolean;
+
   @Column('json')
   input: ExecutionInput;
 
-  /** The client's `Idempotency-Key`: a request with the same one gets this execution. */
+  /** The client's `Idempotency-Key`: a request with the same one gets this execution, or the batch whose first item it is. */
   @Column('text', { nullable: true })
   idempotency_key: string | null;
 

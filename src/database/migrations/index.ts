@@ -4,6 +4,7 @@ import { StatusEvents1795410971064 } from './1795410971064-StatusEvents.js';
 import { LogRetention1795411603992 } from './1795411603992-LogRetention.js';
 import { Subscribers1795415875837 } from './1795415875837-Subscribers.js';
 import { Recovery1795611915650 } from './1795611915650-Recovery.js';
+import { Batches1795631175840 } from './1795631175840-Batches.js';
 
 /** Every migration, oldest first. They only go forward. */
 export const migrations = [
@@ -13,4 +14,5 @@ export const migrations = [
   LogRetention1795411603992,
   Subscribers1795415875837,
   Recovery1795611915650,
+  Batches1795631175840,
 ];

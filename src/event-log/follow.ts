@@ -1,0 +1,44 @@
+import type { LogBatch } from './event-log.js';
+import type { LogSubscription } from './log-subscriptions.js';
+
+/** `more`: the read was cut, there may be further rows. */
+export interface StoredChunks {
+  batch: LogBatch | undefined;
+  more: boolean;
+}
+
+/**
+ * Yields what comes after `after`: what was handed to the subscription, and by `catchUp` what is stored. Returns after a
+ * terminal batch, when `signal` aborts, when the subscription is closed, and when `catchUp` resolves with undefined. An empty
+ * batch is yielded each time nothing came for `idleMs`.
+ */
+export async function* follow(
+  subscription: LogSubscription,
+  after: number,
+  options: {
+    signal: AbortSignal;
+    idleMs?: number;
+    catchUp: (cursor: number, isUncertain: boolean) => Promise<StoredChunks | undefined>;
+  },
+): AsyncGenerator<LogBatch, void, void> {
+  const { signal, idleMs, catchUp } = options;
+  let cursor = after;
+  while (!signal.aborted && !subscription.closed) {
+    let batch = subscription.take(cursor);
+    if (!batch && subscription.isBehind(cursor)) {
+      const { isUncertain } = subscription;
+      subscription.beginCatchUp(cursor);
+      const stored = await catchUp(cursor, isUncertain);
+      if (!stored) return;
+      if (stored.more) subscription.invalidate();
+      batch = stored.batch;
+    }
+    if (batch) {
+      cursor = batch.last;
+      yield batch;
+      if (batch.terminal) return;
+    } else if (!(await subscription.news(cursor, { signal, idleMs }))) {
+      yield { first: cursor + 1, last: cursor, chunks: [], terminal: false };
+    }
+  }
+}

@@ -1,0 +1,125 @@
+import type { Pool } from 'pg';
+
+/** Consecutive chunks of one member: 0 is the batch itself, the others are its items in their order. */
+export interface Range {
+  member: number;
+  first: number;
+  last: number;
+}
+
+/** A stored piece of the order. */
+export interface OrderRow {
+  first_position: number;
+  last_position: number;
+  ranges: Range[];
+}
+
+/** The batch's own log has two chunks: `started`, and this one, which is the last of all. */
+export const LAST_OF_BATCH = 2;
+/** The end is a row of its own, so that it can be told at a glance. */
+const END_PARTS = `0:${LAST_OF_BATCH}-${LAST_OF_BATCH}`;
+
+/**
+ * Whoever inserts the row that begins at a position decides what comes there, so that processes need no lock between them.
+ * The others find it taken, and read it.
+ */
+const APPEND = {
+  name: 'batch-order-append',
+  text: `
+    WITH relaxed AS MATERIALIZED (SELECT set_config('synchronous_commit', $6, true))
+    INSERT INTO batch_order (batch_id, first_position, last_position, parts, merged)
+    SELECT $1::uuid, $2::int, $3::int, $4::text, $5::int[] FROM relaxed
+        ON CONFLICT DO NOTHING`,
+};
+
+/** From the newest row that says how far each member was merged; from the beginning, if there is none. */
+const NEWEST = {
+  name: 'batch-order-newest',
+  text: `
+    SELECT first_position, last_position, parts, merged FROM batch_order
+     WHERE batch_id = $1
+       AND first_position >= coalesce((SELECT first_position FROM batch_order WHERE batch_id = $1 AND merged IS NOT NULL
+                                        ORDER BY first_position DESC LIMIT 1), 0)
+     ORDER BY first_position`,
+};
+
+/** From the row that holds the position after $2. */
+const AFTER = {
+  name: 'batch-order-after',
+  text: `
+    SELECT first_position, last_position, parts FROM batch_order
+     WHERE batch_id = $1
+       AND first_position >= coalesce((SELECT first_position FROM batch_order WHERE batch_id = $1 AND first_position <= $2 + 1
+                                        ORDER BY first_position DESC LIMIT 1), 0)
+     ORDER BY first_position LIMIT $3`,
+};
+
+const END = {
+  name: 'batch-order-end',
+  text: 'SELECT last_position, parts FROM batch_order WHERE batch_id = $1 ORDER BY first_position DESC LIMIT 1',
+};
+
+interface StoredRow {
+  first_position: number;
+  last_position: number;
+  parts: string;
+}
+
+/** The stored order of one batch. */
+export class MergedOrder {
+  /** @param commit `on` waits for the disk, `off` does not (`synchronous_commit` of PostgreSQL) */
+  constructor(
+    private readonly pool: Pool,
+    private readonly batchId: string,
+    private readonly commit: 'on' | 'off',
+  ) {}
+
+  /** @returns false if another process has taken the position, or this very row is there already */
+  async append(
+    { first_position, last_position, ranges }: OrderRow,
+    merged: number[] | undefined,
+  ): Promise<boolean> {
+    const parts = ranges.map(({ member, first, last }) => `${member}:${first}-${last}`).join();
+    const values = [this.batchId, first_position, last_position, parts, merged, this.commit];
+    const { rowCount } = await this.pool.query({ ...APPEND, values });
+    return rowCount === 1;
+  }
+
+  /** The newest place where it says how far each member is merged, if there is one, and the rows after it. */
+  async newest(): Promise<{ merged: number[] | null; position: number; rows: OrderRow[] }> {
+    const { rows } = await this.pool.query<StoredRow & { merged: number[] | null }>({
+      ...NEWEST,
+      values: [this.batchId],
+    });
+    const checkpoint = rows[0]?.merged ? rows.shift() : undefined;
+    return {
+      merged: checkpoint?.merged ?? null,
+      position: checkpoint?.last_position ?? 0,
+      rows: rows.map(orderRowOf),
+    };
+  }
+
+  /** The rows from the one on that holds the position after `position`; all of them, or the first `most`. */
+  async after(position: number, most: number | null = null): Promise<OrderRow[]> {
+    const { rows } = await this.pool.query<StoredRow>({ ...AFTER, values: [this.batchId, position, most] });
+    return rows.filter((row) => row.last_position > position).map(orderRowOf);
+  }
+}
+
+/** How far the stored order of a batch goes, and whether its last row is the end. */
+export async function endOfOrder(
+  pool: Pool,
+  batchId: string,
+): Promise<{ position: number; isFinal: boolean }> {
+  const { rows } = await pool.query<StoredRow>({ ...END, values: [batchId] });
+  const [newest] = rows;
+  return { position: newest?.last_position ?? 0, isFinal: newest?.parts === END_PARTS };
+}
+
+function orderRowOf({ first_position, last_position, parts }: StoredRow): OrderRow {
+  const ranges = parts.split(',').map((part) => {
+    const [member = NaN, first = NaN, last = NaN] = part.split(/[:-]/).map(Number);
+    return { member, first, last };
+  });
+  return { first_position, last_position, ranges };
+}

@@ -1,0 +1,209 @@
+import { Logger } from '@nestjs/common';
+import type { Pool } from 'pg';
+import { retryWhileUnavailable } from '../database/unavailable.js';
+import { FlushSchedule } from './flush-schedule.js';
+import type { LogListener, LogSubscriptions } from './log-subscriptions.js';
+import { LAST_OF_BATCH } from './merged-order.js';
+import type { MergedOrder, OrderRow, Range } from './merged-order.js';
+import { POSITIONS } from './statements.js';
+import { WaitingChunks } from './waiting-chunks.js';
+
+/** Chunks of one member that come one after the other at most, while others have some too. */
+const MOST_OF_ONE = 256;
+/** Chunks of a row of the order, about. */
+const MOST_IN_ROW = 4096;
+/** So many rows after which one says how far each member is merged. */
+const CHECKPOINT_ROWS = 64;
+export interface MergerOptions {
+  batchId: string;
+  /** Logs of the batch itself and of its items. */
+  members: string[];
+  pool: Pool;
+  order: MergedOrder;
+  /** Where it hears of its members. */
+  subscriptions: LogSubscriptions;
+  /** Whom it tells, under the id of the batch. */
+  readers: LogSubscriptions;
+  /** Between two rows of the order, in ms. */
+  intervalMs: number;
+}
+
+/**
+ * Puts what the members of one batch have logged into one order, as long as somebody in this process reads it. Other
+ * processes may do the same at the same time.
+ */
+export class Merger {
+  private readonly logger = new Logger(Merger.name);
+  private readonly stopped = new AbortController();
+  private readonly rounds: FlushSchedule;
+  private readonly listeners: LogListener[];
+  /** How far each member's log is known to go, and how far it is merged. */
+  private readonly known: number[];
+  private readonly merged: number[];
+  /** Members with chunks that are not merged yet, in the order in which they came. */
+  private readonly due = new Set<number>();
+  private readonly waiting = new WaitingChunks();
+  private position = 0;
+  private rowsSinceCheckpoint = 0;
+  private lastRound = -Infinity;
+  /** The members' logs must be asked how far they go. */
+  private mustLook = true;
+  /** A look at all members at once found the batch's end: nothing of them is missing. */
+  private sawAll = false;
+
+  constructor(private readonly options: MergerOptions) {
+    const { members } = options;
+    this.known = members.map(() => 0);
+    this.merged = members.map(() => 0);
+    this.rounds = new FlushSchedule(() => this.round());
+    this.listeners = members.map((_id, member) => this.listenerOf(member));
+  }
+
+  /** Begins where the stored order ends. */
+  async start(): Promise<void> {
+    const { merged, position, rows } = await this.options.order.newest();
+    merged?.forEach((last, member) => (this.merged[member] = last));
+    this.position = position;
+    this.apply(rows);
+    if (this.hasEnded || this.stopped.signal.aborted) return;
+    const { subscriptions, members } = this.options;
+    this.listeners.forEach((listener, member) => subscriptions.listen(members[member] ?? '', listener));
+    this.request();
+  }
+
+  stop(): void {
+    this.stopped.abort(new Error('Nobody reads the batch any more.'));
+    const { subscriptions, members } = this.options;
+    this.listeners.forEach((listener, member) => subscriptions.unlisten(members[member] ?? '', listener));
+  }
+
+  private get hasEnded(): boolean {
+    return this.merged[0] === LAST_OF_BATCH;
+  }
+
+  private listenerOf(member: number): LogListener {
+    return {
+      deliver: (batch, characters) => {
+        this.waiting.keep(member, batch, characters);
+        this.learn(member, batch.last);
+      },
+      announce: (last) => this.learn(member, last),
+      invalidate: () => {
+        this.mustLook = true;
+        this.request();
+      },
+      close: () => this.options.readers.close(this.options.batchId),
+    };
+  }
+
+  private learn(member: number, last: number): void {
+    if (last <= (this.known[member] ?? 0)) return;
+    this.known[member] = last;
+    if (last <= (this.merged[member] ?? 0)) return;
+    this.due.add(member);
+    this.request();
+  }
+
+  private request(): void {
+    if (!this.stopped.signal.aborted)
+      this.rounds.request(this.lastRound + this.options.intervalMs - performance.now());
+  }
+
+  /** Merges what is due. It never rejects: who reads is sent away if it can't go on. */
+  private async round(): Promise<void> {
+    if (this.stopped.signal.aborted || this.hasEnded) return;
+    this.lastRound = performance.now();
+    try {
+      await retryWhileUnavailable(() => this.merge(), {
+        signal: this.stopped.signal,
+        onRetry: (error) => this.logger.debug(error),
+      });
+    } catch (error) {
+      if (this.stopped.signal.aborted) return;
+      this.logger.error(error);
+      this.options.readers.close(this.options.batchId);
+    }
+  }
+
+  private async merge(): Promise<void> {
+    const isEnding = this.known[0] === LAST_OF_BATCH && !this.sawAll;
+    if ((this.mustLook || isEnding) && !(await this.look())) return;
+    const row = this.compose();
+    if (!row) return;
+    const { order, readers, batchId } = this.options;
+    const isCheckpoint = this.rowsSinceCheckpoint + 1 >= CHECKPOINT_ROWS;
+    const isFirst = await order.append(row, isCheckpoint ? this.mergedWith(row) : undefined);
+    const chunks = isFirst ? this.waiting.find(row.ranges) : undefined;
+    this.apply(isFirst ? [row] : await order.after(this.position));
+    if (isFirst && isCheckpoint) this.rowsSinceCheckpoint = 0;
+    if (chunks) {
+      const { first_position: first, last_position: last } = row;
+      const characters = chunks.reduce((sum, chunk) => sum + chunk.length, 0);
+      readers.deliver(batchId, { first, last, chunks, terminal: this.hasEnded }, characters);
+    } else {
+      readers.announce(batchId, this.position);
+    }
+    if (this.due.size > 0) this.request();
+  }
+
+  /** Asks the table how far the members' logs go. @returns false if some were deleted */
+  private async look(): Promise<boolean> {
+    const { pool, members, readers, batchId } = this.options;
+    this.mustLook = false;
+    const { rows } = await pool.query<{ execution_id: string; last_sequence: number }>({
+      ...POSITIONS,
+      values: [members],
+    });
+    // Each log has had a chunk since its acceptance.
+    if (rows.length < members.length) {
+      readers.close(batchId);
+      return false;
+    }
+    const found = new Map(rows.map((row) => [row.execution_id, row.last_sequence]));
+    members.forEach((executionId, member) => this.learn(member, found.get(executionId) ?? 0));
+    // All items have ended before the batch does, so the same look saw all of them.
+    this.sawAll = found.get(batchId) === LAST_OF_BATCH;
+    return true;
+  }
+
+  /** The next row: a piece of each member that is due, behind the batch's first chunk. Its last one comes when nothing else is left. */
+  private compose(): OrderRow | undefined {
+    const ranges: Range[] = this.merged[0] === 0 ? [{ member: 0, first: 1, last: 1 }] : [];
+    let total = ranges.length;
+    for (const member of this.due) {
+      if (member === 0) continue;
+      const first = (this.merged[member] ?? 0) + 1;
+      const last = Math.min(this.known[member] ?? 0, first + MOST_OF_ONE - 1);
+      ranges.push({ member, first, last });
+      total += last - first + 1;
+      if (total >= MOST_IN_ROW) break;
+    }
+    if (total === 0 && this.sawAll) {
+      ranges.push({ member: 0, first: LAST_OF_BATCH, last: LAST_OF_BATCH });
+      total = 1;
+    }
+    if (total === 0) return undefined;
+    return { first_position: this.position + 1, last_position: this.position + total, ranges };
+  }
+
+  private mergedWith({ ranges }: OrderRow): number[] {
+    const merged = [...this.merged];
+    for (const { member, last } of ranges) merged[member] = last;
+    return merged;
+  }
+
+  /** Takes over rows of the stored order that follow the position. */
+  private apply(rows: OrderRow[]): void {
+    for (const { last_position, ranges } of rows) {
+      this.position = last_position;
+      this.rowsSinceCheckpoint++;
+      for (const { member, last } of ranges) {
+        this.merged[member] = last;
+        this.waiting.drop(member, last);
+        this.due.delete(member);
+        // Behind all others that wait.
+        if ((this.known[member] ?? 0) > last) this.due.add(member);
+      }
+    }
+  }
+}

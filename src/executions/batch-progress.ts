@@ -1,0 +1,231 @@
+import { Inject, Injectable, Logger } from '@nestjs/common';
+import type { OnApplicationBootstrap, OnModuleDestroy } from '@nestjs/common';
+import { Pool } from 'pg';
+import type { PoolClient } from 'pg';
+import { CONFIG } from '../config.js';
+import type { ServerConfig } from '../config.js';
+import type { Batch } from '../database/entities/batch.entity.js';
+import type { Execution } from '../database/entities/execution.entity.js';
+import { exclusively } from '../database/exclusively.js';
+import { GroupCommit } from '../database/group-commit.js';
+import { isUnavailable } from '../database/unavailable.js';
+import { ChunkSerializer } from '../event-log/chunk.js';
+import type { ItemCounts } from '../event-log/chunk.js';
+import { MergedLog } from '../event-log/merged-log.js';
+import { ExecutionQueue } from '../queue/execution-queue.js';
+import { ExecutionsAdmission } from './executions.admission.js';
+import { batchLinks, executionLinks } from './executions.dto.js';
+import { RunningExecutions } from './running-executions.js';
+
+/** How often a worker looks at the running batches: an item may have ended whose process died before it could tell. */
+const LOOK_MS = 1000;
+/** One process at a time: whoever counts has to see what the one before let go. */
+const BATCH_LOCK = 7_061_923_421;
+
+/**
+ * Requests the cancellation of items: of all unfinished ones of a batch that is to be cancelled, and, where nothing is to
+ * begin after a failure, of those that no worker has taken up. What is locked is just changing, and is met again.
+ */
+const STOP = {
+  name: 'batch-stop',
+  text: `
+    WITH stopping AS MATERIALIZED (
+      SELECT batch_id, cancel_requested_at IS NOT NULL AS entirely FROM batch
+       WHERE batch_id = ANY ($1::uuid[]) AND status = 'running'
+         AND (cancel_requested_at IS NOT NULL
+              OR on_item_error = 'stop' AND EXISTS (SELECT 1 FROM execution
+                                                     WHERE execution.batch_id = batch.batch_id AND execution.status = 'error'))
+    ), chosen AS (
+      SELECT execution_id FROM stopping JOIN execution USING (batch_id)
+       WHERE status IN ('queued', 'running')
+         AND (status = 'queued' AND attempt = 0 OR entirely AND execution.cancel_requested_at IS NULL)
+         FOR NO KEY UPDATE OF execution SKIP LOCKED)
+    UPDATE execution SET cancel_requested_at = coalesce(cancel_requested_at, now())
+      FROM chosen WHERE execution.execution_id = chosen.execution_id
+    RETURNING execution.*`,
+};
+
+/** Lets the next items of each batch go, as many as its concurrency has room for; the deployment's own limit comes after it. */
+const LET_GO = {
+  name: 'batch-let-go',
+  text: `
+    WITH room AS MATERIALIZED (
+      SELECT batch_id, greatest(0, concurrency - (
+               SELECT count(*) FROM execution
+                WHERE execution.batch_id = batch.batch_id AND NOT held AND execution.status IN ('queued', 'running'))) AS places
+        FROM batch WHERE batch_id = ANY ($1::uuid[]) AND status = 'running'
+    ), chosen AS (
+      SELECT next.execution_id FROM room CROSS JOIN LATERAL (
+        SELECT execution_id FROM execution
+         WHERE execution.batch_id = room.batch_id AND held AND status = 'queued' AND cancel_requested_at IS NULL
+         ORDER BY batch_index LIMIT room.places FOR NO KEY UPDATE SKIP LOCKED) AS next
+    )
+    UPDATE execution
+       SET held = false,
+           admitted = NOT EXISTS (SELECT 1 FROM deployment JOIN deployment_revision USING (revision_id)
+                                   WHERE deployment.deployment_id = execution.deployment_id
+                                     AND runtime_config->>'max_concurrency' IS NOT NULL)
+      FROM chosen WHERE execution.execution_id = chosen.execution_id
+    RETURNING execution.execution_id, execution.deployment_id, execution.admitted`,
+};
+
+/** Batches without an unfinished item. */
+const DONE = {
+  name: 'batch-done',
+  text: `
+    SELECT * FROM batch
+     WHERE batch_id = ANY ($1::uuid[]) AND status = 'running'
+       AND NOT EXISTS (SELECT 1 FROM execution
+                        WHERE execution.batch_id = batch.batch_id AND execution.status IN ('queued', 'running'))
+       FOR NO KEY UPDATE`,
+};
+
+const ENDS = {
+  name: 'batch-ends',
+  text: 'SELECT item_id, execution_id, status FROM execution WHERE batch_id = $1 ORDER BY batch_index',
+};
+
+/** The end of a batch with its last chunk, which nobody may see before it is on the disk. */
+const FINISH = {
+  name: 'batch-finish',
+  text: `
+    WITH finished AS (
+      UPDATE batch SET status = $2, finished_at = $3 FROM (SELECT set_config('synchronous_commit', 'on', true)) AS durable
+       WHERE batch_id = $1)
+    INSERT INTO execution_chunk (execution_id, first_sequence, last_sequence, chunks) VALUES ($1, 2, 2, $4)`,
+};
+
+const RUNNING = { name: 'batch-running', text: `SELECT batch_id FROM batch WHERE status = 'running'` };
+
+/** An item that was let go: into the queue, if its deployment has no limit. */
+type Released = Pick<Execution, 'execution_id' | 'deployment_id' | 'admitted'>;
+
+/** Carries batches on: lets their items go one after the other, stops what is to be stopped, and ends them. */
+@Injectable()
+export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
+  private readonly logger = new Logger(BatchProgress.name);
+  private readonly rounds = new GroupCommit<string, void>((batchIds) => this.advanceAll(batchIds));
+  private timer: NodeJS.Timeout | undefined;
+  private closed = false;
+
+  constructor(
+    private readonly pool: Pool,
+    private readonly queue: ExecutionQueue,
+    private readonly log: MergedLog,
+    private readonly running: RunningExecutions,
+    private readonly admission: ExecutionsAdmission,
+    @Inject(CONFIG) private readonly config: ServerConfig,
+  ) {}
+
+  onApplicationBootstrap(): void {
+    if (this.config.ROLE !== 'api') this.schedule();
+  }
+
+  onModuleDestroy(): void {
+    this.closed = true;
+    clearTimeout(this.timer);
+  }
+
+  /** Carries a batch on as far as it can be now. Repeating it changes nothing. */
+  advance(batchId: string): Promise<void> {
+    return this.rounds.add(batchId);
+  }
+
+  /** An execution has ended: others may go on in its place. */
+  ended({ batch_id, deployment_id }: Execution): void {
+    this.admission.release(deployment_id);
+    // If that fails, a worker does it when it looks next.
+    if (batch_id !== null) this.advance(batch_id).catch((error: unknown) => this.report(error));
+  }
+
+  private async advanceAll(asked: string[]): Promise<void[]> {
+    let batchIds = [...new Set(asked)];
+    while (batchIds.length > 0) {
+      const { stopped, released, finished } = await exclusively(this.pool, BATCH_LOCK, (client) =>
+        this.step(client, batchIds),
+      );
+      finished.forEach(({ batch_id }) => this.log.ended(batch_id));
+      await this.enqueue(released);
+      batchIds = await this.endUnbegun(stopped);
+    }
+    return asked.map(() => undefined);
+  }
+
+  private async step(
+    client: PoolClient,
+    batchIds: string[],
+  ): Promise<{ stopped: Execution[]; released: Released[]; finished: Batch[] }> {
+    const values = [batchIds];
+    // Were it lost, it would be done again.
+    await client.query('SET LOCAL synchronous_commit = off');
+    const { rows: stopped } = await client.query<Execution>({ ...STOP, values });
+    const { rows: released } = await client.query<Released>({ ...LET_GO, values });
+    const { rows: finished } = await client.query<Batch>({ ...DONE, values });
+    for (const batch of finished) await finish(client, batch);
+    return { stopped, released, finished };
+  }
+
+  private async enqueue(released: Released[]): Promise<void> {
+    const admitted = released.filter((item) => item.admitted).map(({ execution_id }) => execution_id);
+    if (admitted.length > 0) await this.queue.add(admitted.toSorted());
+    const waiting = released.filter((item) => !item.admitted);
+    new Set(waiting.map(({ deployment_id }) => deployment_id)).forEach((id) => this.admission.release(id));
+  }
+
+  /** Ends what no worker has taken up; the others are told. @returns the batches that may go on after it */
+  private async endUnbegun(stopped: Execution[]): Promise<string[]> {
+    const unbegun = stopped.filter(({ status, attempt }) => status === 'queued' && attempt === 0);
+    const begun = stopped.filter((item) => !unbegun.includes(item));
+    this.running.cancel(begun.map(({ execution_id }) => execution_id));
+    await Promise.all(unbegun.map((item) => this.running.end(item, 1, { status: 'cancelled' })));
+    return [...new Set(unbegun.map(({ batch_id }) => batch_id ?? ''))];
+  }
+
+  private schedule(): void {
+    this.timer = setTimeout(() => {
+      this.look()
+        .catch((error: unknown) => this.report(error))
+        .finally(() => this.closed || this.schedule());
+    }, LOOK_MS);
+  }
+
+  private async look(): Promise<void> {
+    const { rows } = await this.pool.query<{ batch_id: string }>(RUNNING);
+    await Promise.all(rows.map(({ batch_id }) => this.advance(batch_id)));
+  }
+
+  private report(error: unknown): void {
+    this.logger[isUnavailable(error) ? 'warn' : 'error'](error);
+  }
+}
+
+/** Ends a batch; a cancellation that was requested wins, since its client was told so. */
+async function finish(client: PoolClient, batch: Batch): Promise<void> {
+  const { batch_id, deployment_name, workflow_id, cancel_requested_at } = batch;
+  const { rows } = await client.query<Pick<Execution, 'item_id' | 'execution_id' | 'status'>>({
+    ...ENDS,
+    values: [batch_id],
+  });
+  const items = rows.map(({ item_id, execution_id, status }) => ({
+    item_id: item_id ?? '',
+    execution_id,
+    status,
+    self: executionLinks(execution_id).self,
+  }));
+  const status = cancel_requested_at ? 'cancelled' : 'completed';
+  const finishedAt = new Date();
+  const data = { counts: countOf(rows), items, results: batchLinks(batch_id).results };
+  const chunk = new ChunkSerializer({ deployment_name, workflow_id, batch_id }).serialize(
+    { type: 'status', data, status },
+    2,
+    finishedAt.getTime(),
+  );
+  await client.query({ ...FINISH, values: [batch_id, status, finishedAt, chunk] });
+}
+
+/** How many of some items are in each state. */
+export function countOf(items: { status: Execution['status'] }[]): ItemCounts {
+  const counts = { total: items.length, queued: 0, running: 0, completed: 0, error: 0, cancelled: 0 };
+  for (const { status } of items) counts[status]++;
+  return counts;
+}
