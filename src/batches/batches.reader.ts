@@ -14,7 +14,7 @@ import { BatchDto, BatchResultDto } from './batches.dto.js';
 import type { BatchQueryDto } from './batches.dto.js';
 
 /** Items that are read at once for the results. */
-const RESULTS_PAGE = 100;
+const RESULTS_PAGE = 20;
 
 /** Answers questions about batches. */
 @Injectable()

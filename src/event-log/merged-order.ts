@@ -21,7 +21,7 @@ const END_PARTS = `0:${LAST_OF_BATCH}-${LAST_OF_BATCH}`;
 
 /**
  * Whoever inserts the row that begins at a position decides what comes there, so that processes need no lock between them.
- * The others find it taken, and read it.
+ * The others find it taken, and read it. It must follow the row before it: a crash of PostgreSQL can take the last rows away.
  */
 const APPEND = {
   name: 'batch-order-append',
@@ -29,6 +29,8 @@ const APPEND = {
     WITH relaxed AS MATERIALIZED (SELECT set_config('synchronous_commit', $6, true))
     INSERT INTO batch_order (batch_id, first_position, last_position, parts, merged)
     SELECT $1::uuid, $2::int, $3::int, $4::text, $5::int[] FROM relaxed
+     WHERE $2 - 1 = coalesce((SELECT last_position FROM batch_order WHERE batch_id = $1 AND first_position < $2
+                               ORDER BY first_position DESC LIMIT 1), 0)
         ON CONFLICT DO NOTHING`,
 };
 
@@ -74,7 +76,7 @@ export class MergedOrder {
     private readonly commit: 'on' | 'off',
   ) {}
 
-  /** @returns false if another process has taken the position, or this very row is there already */
+  /** @returns false if another process has taken the position, this very row is there already, or the rows before it are lost */
   async append(
     { first_position, last_position, ranges }: OrderRow,
     merged: number[] | undefined,

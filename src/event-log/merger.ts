@@ -14,6 +14,7 @@ const MOST_OF_ONE = 256;
 const MOST_IN_ROW = 4096;
 /** So many rows after which one says how far each member is merged. */
 const CHECKPOINT_ROWS = 64;
+
 export interface MergerOptions {
   batchId: string;
   /** Logs of the batch itself and of its items. */
@@ -26,6 +27,8 @@ export interface MergerOptions {
   readers: LogSubscriptions;
   /** Between two rows of the order, in ms. */
   intervalMs: number;
+  /** Called when it can't go on: logs were deleted, or there is a defect. Its readers must be sent away. */
+  onFailure: () => void;
 }
 
 /**
@@ -92,7 +95,7 @@ export class Merger {
         this.mustLook = true;
         this.request();
       },
-      close: () => this.options.readers.close(this.options.batchId),
+      close: this.options.onFailure,
     };
   }
 
@@ -102,6 +105,11 @@ export class Merger {
     if (last <= (this.merged[member] ?? 0)) return;
     this.due.add(member);
     this.request();
+  }
+
+  private forget(member: number): void {
+    this.known[member] = 0;
+    this.due.delete(member);
   }
 
   private request(): void {
@@ -116,12 +124,15 @@ export class Merger {
     try {
       await retryWhileUnavailable(() => this.merge(), {
         signal: this.stopped.signal,
-        onRetry: (error) => this.logger.debug(error),
+        onRetry: (error) => {
+          this.logger.debug(error);
+          this.mustLook = true; // if it crashed, what was heard of may be lost
+        },
       });
     } catch (error) {
       if (this.stopped.signal.aborted) return;
       this.logger.error(error);
-      this.options.readers.close(this.options.batchId);
+      this.options.onFailure();
     }
   }
 
@@ -134,7 +145,10 @@ export class Merger {
     const isCheckpoint = this.rowsSinceCheckpoint + 1 >= CHECKPOINT_ROWS;
     const isFirst = await order.append(row, isCheckpoint ? this.mergedWith(row) : undefined);
     const chunks = isFirst ? this.waiting.find(row.ranges) : undefined;
-    this.apply(isFirst ? [row] : await order.after(this.position));
+    const rows = isFirst ? [row] : await order.after(this.position);
+    // A crash of PostgreSQL took back what was stored: begin anew.
+    if (rows.length === 0) return this.options.onFailure();
+    this.apply(rows);
     if (isFirst && isCheckpoint) this.rowsSinceCheckpoint = 0;
     if (chunks) {
       const { first_position: first, last_position: last } = row;
@@ -148,19 +162,24 @@ export class Merger {
 
   /** Asks the table how far the members' logs go. @returns false if some were deleted */
   private async look(): Promise<boolean> {
-    const { pool, members, readers, batchId } = this.options;
+    const { pool, members, batchId, onFailure } = this.options;
     this.mustLook = false;
+    const before = [...this.known];
     const { rows } = await pool.query<{ execution_id: string; last_sequence: number }>({
       ...POSITIONS,
       values: [members],
     });
     // Each log has had a chunk since its acceptance.
     if (rows.length < members.length) {
-      readers.close(batchId);
+      onFailure();
       return false;
     }
     const found = new Map(rows.map((row) => [row.execution_id, row.last_sequence]));
-    members.forEach((executionId, member) => this.learn(member, found.get(executionId) ?? 0));
+    members.forEach((executionId, member) => {
+      // What was heard of before may be lost; what was heard of meanwhile is not.
+      if (this.known[member] === before[member]) this.forget(member);
+      this.learn(member, found.get(executionId) ?? 0);
+    });
     // All items have ended before the batch does, so the same look saw all of them.
     this.sawAll = found.get(batchId) === LAST_OF_BATCH;
     return true;

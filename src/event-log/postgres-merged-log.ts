@@ -103,7 +103,7 @@ export class PostgresMergedLog extends MergedLog implements BeforeApplicationShu
 
   private leave(batchId: string, batch: SharedBatch): void {
     if (--batch.readers > 0) return;
-    this.batches.delete(batchId);
+    if (this.batches.get(batchId) === batch) this.batches.delete(batchId);
     batch.stopped.abort(new Error('Nobody reads the batch any more.'));
     batch.merger?.stop();
   }
@@ -120,6 +120,11 @@ export class PostgresMergedLog extends MergedLog implements BeforeApplicationShu
       subscriptions,
       readers,
       intervalMs: config.STREAM_FLUSH_INTERVAL_MS,
+      onFailure: () => {
+        // Who comes from now on begins anew.
+        if (this.batches.get(batchId) === batch) this.batches.delete(batchId);
+        readers.close(batchId);
+      },
     });
     batch.stopped.signal.throwIfAborted();
     batch.merger = merger;

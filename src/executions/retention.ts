@@ -9,7 +9,7 @@ import { queryAtLength } from '../database/query-at-length.js';
 const BATCH_EXECUTIONS = 200;
 const BATCH_CHUNKS = 20_000;
 const BATCH_EVENTS = 5000;
-const BATCH_MERGED = 10;
+const BATCH_MERGED = 20;
 /** Between two batches, so that a large backlog does not keep the database from its work. */
 const PAUSE_MS = 100;
 /** At once; the rest of a backlog follows the next time. */
