@@ -1,5 +1,5 @@
 import { Transform } from 'class-transformer';
-import { ValidateBy, isISO8601 } from 'class-validator';
+import { ValidateBy, isISO8601, isObject } from 'class-validator';
 import type { ValidationOptions } from 'class-validator';
 
 const LONE_SURROGATE = /\p{Surrogate}/u;
@@ -18,6 +18,20 @@ export function IsStorableText(options?: ValidationOptions): PropertyDecorator {
     },
     options,
   );
+}
+
+/** Refuses elements that are no objects by their indexes. `@ValidateNested` alone would look for objects inside of lists. */
+export function IsListOfObjects(): PropertyDecorator {
+  const others = (value: unknown) =>
+    Array.isArray(value) ? [...value.keys()].filter((index) => !isObject(value[index])) : [];
+  return ValidateBy({
+    name: 'isListOfObjects',
+    validator: {
+      validate: (value) => others(value).length === 0,
+      defaultMessage: (context) =>
+        `each value of $property must be an object, unlike those at index ${others(context?.value).slice(0, 100).join(', ')}`,
+    },
+  });
 }
 
 /**

@@ -18,7 +18,7 @@ import { BATCH_STATUSES } from '../database/entities/batch.entity.js';
 import type { Batch } from '../database/entities/batch.entity.js';
 import { EXECUTION_STATUSES } from '../database/entities/execution.entity.js';
 import type { Execution } from '../database/entities/execution.entity.js';
-import { IsStorableText, QueryInteger } from '../dto.js';
+import { IsListOfObjects, IsStorableText, QueryInteger } from '../dto.js';
 import { BatchLinksDto, ExecuteDto, FailureDto, UsageDto, batchLinks } from '../executions/executions.dto.js';
 
 /** Items of a batch at most; so many may be in the queue and running at once, too. */
@@ -46,6 +46,7 @@ export class ExecuteBatchDto extends PickType(ExecuteDto, ['deployment_name', 'e
   @IsArray()
   @ArrayMinSize(1)
   @ArrayMaxSize(MOST_ITEMS)
+  @IsListOfObjects()
   @ValidateNested({ each: true })
   @Type(() => BatchItemDto)
   @ApiProperty({

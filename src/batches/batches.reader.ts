@@ -6,6 +6,7 @@ import { validate as isUuid } from 'uuid';
 import { Batch } from '../database/entities/batch.entity.js';
 import { Execution } from '../database/entities/execution.entity.js';
 import { AppError } from '../errors.js';
+import { toJson } from '../event-log/chunk.js';
 import { MergedLog } from '../event-log/merged-log.js';
 import { countOf } from '../executions/batch-progress.js';
 import { parseEventId } from '../executions/executions.reader.js';
@@ -53,7 +54,7 @@ export class BatchesReader {
   async *results(batchId: string): AsyncGenerator<string, void, void> {
     for (let from = 0; ; from += RESULTS_PAGE) {
       const page = await this.page(batchId, from, RESULTS_PAGE);
-      if (page.length > 0) yield page.map((item) => `${JSON.stringify(item)}\n`).join('');
+      if (page.length > 0) yield page.map((item) => `${toJson(item)}\n`).join('');
       if (page.length < RESULTS_PAGE) return;
     }
   }

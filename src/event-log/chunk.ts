@@ -110,7 +110,8 @@ export class ChunkSerializer {
   }
 }
 
-function toJson(value: unknown): string {
+/** JSON in one line, whichever way its reader splits lines. */
+export function toJson(value: unknown): string {
   return JSON.stringify(value).replace(UNICODE_LINE_BREAKS, escapeLineBreak);
 }
 

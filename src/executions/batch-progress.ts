@@ -142,7 +142,7 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
     let batchIds = [...new Set(asked)];
     while (batchIds.length > 0) {
       const { stopped, released, finished } = await exclusively(this.pool, BATCH_LOCK, (client) =>
-        this.step(client, batchIds),
+        this.advanceOnce(client, batchIds),
       );
       finished.forEach(({ batch_id }) => this.log.ended(batch_id));
       await this.enqueue(released);
@@ -151,7 +151,7 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
     return asked.map(() => undefined);
   }
 
-  private async step(
+  private async advanceOnce(
     client: PoolClient,
     batchIds: string[],
   ): Promise<{ stopped: Execution[]; released: Released[]; finished: Batch[] }> {

@@ -13,7 +13,7 @@ import {
   Min,
   ValidateNested,
 } from 'class-validator';
-import { AsGiven, IsMoment, IsStorableText, QueryInteger } from '../dto.js';
+import { AsGiven, IsListOfObjects, IsMoment, IsStorableText, QueryInteger } from '../dto.js';
 import { EXECUTION_STATUSES } from '../database/entities/execution.entity.js';
 import type { Execution } from '../database/entities/execution.entity.js';
 import type { Presence } from './subscribers.js';
@@ -59,6 +59,7 @@ export class ExecuteDto {
   /** The conversation so far, oldest message first */
   @IsOptional()
   @IsArray()
+  @IsListOfObjects()
   @ValidateNested({ each: true })
   @Type(() => ChatMessageDto)
   @ApiProperty({ type: [ChatMessageDto], required: false, example: [{ actor: 'user', content: 'Hello' }] })
