@@ -22,6 +22,10 @@ const LOOK_MS = 1000;
 /** One process at a time: whoever counts has to see what the one before let go. */
 const BATCH_LOCK = 7_061_923_421;
 
+/** Whether nothing of a batch may begin any more, because an item failed. */
+const IS_STOPPED = `on_item_error = 'stop' AND EXISTS (
+                 SELECT 1 FROM execution WHERE execution.batch_id = batch.batch_id AND execution.status = 'error')`;
+
 /**
  * Requests the cancellation of items: of all unfinished ones of a batch that is to be cancelled, and, where nothing is to
  * begin after a failure, of those that no worker has taken up. What is locked is just changing, and is met again.
@@ -32,9 +36,7 @@ const STOP = {
     WITH stopping AS MATERIALIZED (
       SELECT batch_id, cancel_requested_at IS NOT NULL AS entirely FROM batch
        WHERE batch_id = ANY ($1::uuid[]) AND status = 'running'
-         AND (cancel_requested_at IS NOT NULL
-              OR on_item_error = 'stop' AND EXISTS (SELECT 1 FROM execution
-                                                     WHERE execution.batch_id = batch.batch_id AND execution.status = 'error'))
+         AND (cancel_requested_at IS NOT NULL OR ${IS_STOPPED})
     ), chosen AS (
       SELECT execution_id FROM stopping JOIN execution USING (batch_id)
        WHERE status IN ('queued', 'running')
@@ -45,7 +47,10 @@ const STOP = {
     RETURNING execution.*`,
 };
 
-/** Lets the next items of each batch go, as many as its concurrency has room for; the deployment's own limit comes after it. */
+/**
+ * Lets the next items of each batch go, as many as its concurrency has room for; the deployment's own limit comes after it. It
+ * looks again whether the batch is to stop: the place that it sees free may be that of an item that has failed just now.
+ */
 const LET_GO = {
   name: 'batch-let-go',
   text: `
@@ -53,7 +58,8 @@ const LET_GO = {
       SELECT batch_id, greatest(0, concurrency - (
                SELECT count(*) FROM execution
                 WHERE execution.batch_id = batch.batch_id AND NOT held AND execution.status IN ('queued', 'running'))) AS places
-        FROM batch WHERE batch_id = ANY ($1::uuid[]) AND status = 'running'
+        FROM batch
+       WHERE batch_id = ANY ($1::uuid[]) AND status = 'running' AND cancel_requested_at IS NULL AND NOT (${IS_STOPPED})
     ), chosen AS (
       SELECT next.execution_id FROM room CROSS JOIN LATERAL (
         SELECT execution_id FROM execution
