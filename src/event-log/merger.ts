@@ -68,9 +68,11 @@ export class Merger {
     merged?.forEach((last, member) => (this.merged[member] = last));
     this.position = position;
     this.apply(rows);
-    if (this.hasEnded || this.stopped.signal.aborted) return;
+    if (this.stopped.signal.aborted) return;
     const { subscriptions, members } = this.options;
-    this.listeners.forEach((listener, member) => subscriptions.listen(members[member] ?? '', listener));
+    // Of one that has ended there is one thing to hear still: that it was deleted.
+    const heard = this.hasEnded ? this.listeners.slice(0, 1) : this.listeners;
+    heard.forEach((listener, member) => subscriptions.listen(members[member] ?? '', listener));
     this.request();
   }
 
