@@ -196,10 +196,10 @@ const refused: [string, unknown, string[]][] = [
   [
     'texts, numbers and null',
     [{ query: 'a' }, 'x', 1, null, true],
-    ['/items/1', '/items/2', '/items/3', '/items/4'],
+    ['/items', '/items/1', '/items/2', '/items/3', '/items/4'],
   ],
-  ['a list as an item', [{ query: 'a' }, [{ query: 'x' }]], ['/items/1']],
-  ['an empty list as an item', [{ query: 'a' }, []], ['/items/1']],
+  ['a list as an item', [{ query: 'a' }, [{ query: 'x' }]], ['/items']],
+  ['an empty list as an item', [{ query: 'a' }, []], ['/items']],
   ['an item without a query', [{ query: 'a' }, { item_id: 'x' }], ['/items/1/query']],
   [
     'several bad items at once',
