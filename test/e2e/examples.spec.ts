@@ -46,28 +46,38 @@ const HALF_AN_EMOJI = Buffer.from('🌍').subarray(0, 2);
 
 let app: TestApp;
 let scripted: Server;
+let batchScripted: Server;
 let browser: Browser | undefined;
 
 beforeAll(async () => {
   app = await startTestApp({ SEED_EXAMPLE: 'true' });
-  scripted = createServer((_request, response) => {
-    for (const name of ['origin', 'headers']) response.setHeader(`access-control-allow-${name}`, '*');
-    response.setHeader('access-control-expose-headers', '*');
-    response.setHeader('location', '/api/executions/x/stream');
-    response.setHeader('content-type', 'text/event-stream');
-    response.end(SCRIPT);
-  });
-  scripted.listen(0, '127.0.0.1');
-  await once(scripted, 'listening');
+  scripted = await startScripted(SCRIPT);
+  batchScripted = await startScripted(BATCH_SCRIPT);
   const args = ['--no-sandbox', '--disable-background-networking', '--disable-gpu'];
   if (existsSync(CHROMIUM)) browser = await chromium.launch({ executablePath: CHROMIUM, args });
 });
 afterAll(async () => {
   await browser?.close();
-  scripted.closeAllConnections();
-  scripted.close();
+  for (const server of [scripted, batchScripted]) {
+    server.closeAllConnections();
+    server.close();
+  }
   await app.close();
 });
+
+/** A server that answers everything with the same stream. */
+async function startScripted(stream: string): Promise<Server> {
+  const server = createServer((_request, response) => {
+    for (const name of ['origin', 'headers']) response.setHeader(`access-control-allow-${name}`, '*');
+    response.setHeader('access-control-expose-headers', '*');
+    response.setHeader('location', '/api/executions/x/stream');
+    response.setHeader('content-type', 'text/event-stream');
+    response.end(stream);
+  });
+  server.listen(0, '127.0.0.1');
+  await once(server, 'listening');
+  return server;
+}
 
 function program(name: string, command: string[], missing?: string): Example {
   return {
@@ -191,18 +201,125 @@ describe.each(EXAMPLES)('examples/$name', ({ name, run, missing }) => {
   });
 });
 
-const SCRIPT = [
+describe('examples/batch.mjs', () => {
+  const QUERIES = ['one', QUERY, 'three'];
+  const runBatch = (server: string, { deployment = 'support-desk' } = {}) =>
+    runProgram([process.execPath, join(folder, 'batch.mjs'), ...QUERIES], {
+      env: { SERVER: server, DEPLOYMENT: deployment },
+    });
+  /** What it is to print of the executions, in whatever order they end. */
+  const blocksOf = (stdout: string) => stdout.split(/^(?=--- query-)/m).toSorted();
+  const shown = (executions: BatchItem[]) =>
+    executions.map(({ item_id, response }) => `--- ${item_id}: completed\n${response}\n`).toSorted();
+
+  it('gets all answers whole though the connection breaks inside a character and before an answer', async () => {
+    const proxy = await startSseProxy(app.url, {
+      pieceSize: 7,
+      cutAt: (stream, received) => {
+        if (stream === 1) return 0;
+        const index = received.indexOf(HALF_AN_EMOJI);
+        return stream === 0 && index >= 0 ? index + HALF_AN_EMOJI.length : undefined;
+      },
+    });
+    try {
+      const { code, stdout, stderr } = await runBatch(proxy.url);
+
+      const items = await newestBatch();
+      expect(items).toHaveLength(QUERIES.length);
+      expect(blocksOf(stdout)).toEqual(shown(items));
+      expect(stdout).toContain(QUERY);
+      expect(stderr).toMatch(/"total":3,.*"completed":3/);
+      expect(code).toBe(0);
+      const [first, second, third, ...more] = proxy.streams;
+      expect(first?.path).toBe('/api/workflows/execute/batch/stream');
+      expect(second?.lastEventId).toMatch(/^[0-9a-f-]{36}:\d+$/);
+      expect(third).toEqual(second);
+      expect(more).toEqual([]);
+    } finally {
+      await proxy.close();
+    }
+  });
+
+  it('runs once though the connection breaks before the answers to its first requests come', async () => {
+    const proxy = await startSseProxy(app.url, { losesHeaders: (stream) => stream < 2 });
+    const before = (await listExecutions()).length;
+    try {
+      const { code, stdout } = await runBatch(proxy.url);
+
+      expect((await listExecutions()).length - before).toBe(QUERIES.length);
+      expect(blocksOf(stdout)).toEqual(shown(await newestBatch()));
+      expect(code).toBe(0);
+      const [first, ...repeated] = proxy.streams;
+      expect(first?.idempotencyKey).toMatch(/^[0-9a-f-]{36}$/);
+      expect(repeated).toEqual([first, first]);
+    } finally {
+      await proxy.close();
+    }
+  });
+
+  it('does not show what an item said before it began again, and fails if one of its items did', async () => {
+    const { port } = batchScripted.address() as AddressInfo;
+    const { code, stdout, stderr } = await runBatch(`http://127.0.0.1:${port}`);
+
+    expect(stdout).toBe('--- y: completed\nvoid\n--- x: error\nkept new\n');
+    expect(stderr).toContain('[x: The model is "gone".]');
+    expect(code).toBe(1);
+  });
+
+  it('says what is wrong with the deployment', async () => {
+    const { code, stdout, stderr } = await runBatch(app.url, { deployment: 'unknown-desk' });
+
+    expect(stderr).toContain('There is no deployment');
+    expect({ code, stdout }).toEqual({ code: 1, stdout: '' });
+  });
+});
+
+const COUNTS = { total: 2, queued: 0, running: 0, completed: 1, error: 1, cancelled: 0 };
+
+const BATCH_SCRIPT = scriptOf([
+  { type: 'status', status: 'started', data: { items: [] } },
+  { type: 'status', status: 'started', item_id: 'x', sequence: 1 },
+  { type: 'content', data: 'kept ', item_id: 'x', agent_id: 'a', sequence: 2 },
+  { type: 'content', data: 'void', item_id: 'y', agent_id: 'b', sequence: 3 },
+  { type: 'content', data: 'void', item_id: 'x', agent_id: 'b', sequence: 3 },
+  { type: 'status', status: 'restarted', item_id: 'x', agent_id: 'b', discard_after: 1, sequence: 4 },
+  { type: 'status', status: 'completed', item_id: 'y', sequence: 4 },
+  { type: 'content', data: 'new', item_id: 'x', agent_id: 'b', sequence: 5 },
+  { type: 'status', status: 'error', item_id: 'x', error: 'The model is "gone".', sequence: 6 },
+  { type: 'status', status: 'completed', data: { counts: COUNTS } },
+]);
+
+const SCRIPT = scriptOf([
   { type: 'status', status: 'started' },
   { type: 'content', data: 'kept ', agent_id: 'a' },
   { type: 'content', data: 'void', agent_id: 'b' },
   { type: 'status', status: 'restarted', agent_id: 'b', discard_after: 1 },
   { type: 'content', data: 'new', agent_id: 'b' },
   { type: 'status', status: 'error', error: 'The model is "gone".', code: 'model_error' },
-]
-  .map((chunk, index) => `id: x:${index + 1}\ndata: ${JSON.stringify({ ...chunk, sequence: index + 1 })}\n\n`)
-  .join('');
+]);
 
-async function listExecutions(): Promise<{ execution_id: string; response: string }[]> {
-  const answer = await fetch(`${app.url}/api/executions`);
-  return ((await answer.json()) as { items: { execution_id: string; response: string }[] }).items;
+function scriptOf(chunks: object[]): string {
+  return chunks
+    .map((chunk, index) => {
+      const data = JSON.stringify({ sequence: index + 1, ...chunk });
+      return `id: x:${index + 1}\ndata: ${data}\n\n`;
+    })
+    .join('');
+}
+
+interface BatchItem {
+  execution_id: string;
+  response: string;
+  batch_id?: string;
+  item_id?: string;
+}
+
+async function listExecutions(filter = ''): Promise<BatchItem[]> {
+  const answer = await fetch(`${app.url}/api/executions${filter}`);
+  return ((await answer.json()) as { items: BatchItem[] }).items;
+}
+
+async function newestBatch(): Promise<BatchItem[]> {
+  const [newest] = await listExecutions();
+  return listExecutions(`?batch_id=${newest?.batch_id}`);
 }
