@@ -7,6 +7,7 @@ import assert from 'node:assert/strict';
 import { randomUUID } from 'node:crypto';
 import { parseArgs } from 'node:util';
 import { Client, UnreachableError } from './sse-client.mjs';
+import { checkBatches } from './verify/batches.mjs';
 import {
   checkAsync,
   checkCancel,
@@ -59,6 +60,7 @@ async function verify(verification) {
   await checkAsync(verification);
   await checkCancel(verification);
   await checkStatusEvents(verification);
+  await checkBatches(verification);
   await checkRecords(verification);
   await checkStop(verification);
 }

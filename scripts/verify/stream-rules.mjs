@@ -6,8 +6,8 @@ export const TIMESTAMP = /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$/;
 const CODE = /^[a-z]+(_[a-z]+)*$/;
 const TERMINAL = new Set(['completed', 'error', 'cancelled']);
 
-/** What a chunk of each kind holds beside the common fields, and nothing else; `status` chunks by their status. */
-const COMMON_FIELDS = ['type', 'deployment_name', 'workflow_id', 'execution_id', 'sequence', 'timestamp'];
+/** What a chunk of each kind holds beside the common fields and its origin, and nothing else; `status` chunks by their status. */
+const COMMON_FIELDS = ['type', 'sequence', 'timestamp'];
 const FIELDS = {
   started: ['status'],
   completed: ['status'],
@@ -21,7 +21,8 @@ const PROGRESS_FIELDS = ['step_id', 'agent_id', 'status', 'completed_steps', 'to
 
 /**
  * @typedef {{id: string, data: string, chunk: Record<string, any>}} Frame an event: its `data` as sent and parsed
- * @typedef {{deployment_name: string, workflow_id: string, execution_id: string}} Origin what all chunks of a stream share
+ * @typedef {Record<string, string>} Origin what all chunks of an execution share: `deployment_name`, `workflow_id`,
+ *   `execution_id`, and as an item of a batch `batch_id` and `item_id`
  */
 
 /** @param {{status: number, headers: Headers}} answer */
@@ -86,13 +87,8 @@ export function checkChunk(chunk, origin, { progress = false } = {}) {
   const kind = chunk.type === 'status' ? chunk.status : chunk.type;
   assert.ok(Object.hasOwn(FIELDS, kind), `no kind of chunk: ${JSON.stringify(chunk)}`);
   assert.ok(progress || kind !== 'progress', 'progress without having been asked for');
-  checkFields(chunk, [...COMMON_FIELDS, ...FIELDS[kind]]);
-  const { deployment_name, workflow_id, execution_id } = chunk;
-  assert.deepEqual({ deployment_name, workflow_id, execution_id }, origin);
-  assert.match(workflow_id, UUID);
-  assert.match(execution_id, UUID);
-  assert.match(chunk.timestamp, TIMESTAMP);
-  assert.ok(!Number.isNaN(Date.parse(chunk.timestamp)), `no moment: ${chunk.timestamp}`);
+  checkFields(chunk, [...COMMON_FIELDS, ...Object.keys(origin), ...FIELDS[kind]]);
+  checkOrigin(chunk, origin);
   for (const field of ['error', 'code', 'agent_id']) {
     if (field in chunk)
       assert.ok(typeof chunk[field] === 'string' && chunk[field] !== '', `${field} is no text`);
@@ -101,6 +97,16 @@ export function checkChunk(chunk, origin, { progress = false } = {}) {
   if (kind === 'restarted') assert.ok(chunk.discard_after >= 0 && chunk.discard_after < chunk.sequence);
   if (kind === 'content') assert.equal(typeof chunk.data, 'string');
   if (kind === 'progress' && typeof chunk.data !== 'string') checkStepProgress(chunk.data);
+}
+
+/** What is the same in all chunks that come from one place, and their moment. */
+export function checkOrigin(chunk, origin) {
+  for (const [field, value] of Object.entries(origin)) {
+    assert.equal(chunk[field], value, `${field} is ${chunk[field]}`);
+    if (['workflow_id', 'execution_id', 'batch_id'].includes(field)) assert.match(chunk[field], UUID);
+  }
+  assert.match(chunk.timestamp, TIMESTAMP);
+  assert.ok(!Number.isNaN(Date.parse(chunk.timestamp)), `no moment: ${chunk.timestamp}`);
 }
 
 function checkStepProgress(data) {
@@ -120,9 +126,19 @@ export function checkFields(body, names) {
  * @param {{execution_id: string, end: string}} expected
  */
 export function checkOrder(frames, { execution_id, end }) {
-  frames.forEach(({ id, chunk }, index) => {
+  checkIds(frames, execution_id);
+  checkSequence(frames, end);
+}
+
+/** @param {Frame[]} frames of a stream from its beginning @param {string} id of its execution or its batch */
+export function checkIds(frames, id) {
+  frames.forEach((frame, index) => assert.equal(frame.id, `${id}:${index + 1}`));
+}
+
+/** @param {Frame[]} frames of one execution, from its beginning @param {string} end status of the last one */
+export function checkSequence(frames, end) {
+  frames.forEach(({ chunk }, index) => {
     assert.equal(chunk.sequence, index + 1, `chunk ${index + 1} has the number ${chunk.sequence}`);
-    assert.equal(id, `${execution_id}:${index + 1}`);
   });
   const statuses = frames.map(({ chunk }) => chunk.status);
   assert.equal(statuses[0], 'started', 'the first chunk is not `started`');

@@ -73,8 +73,19 @@ export class Verification {
     return { status, headers, bytes, body: isJson ? JSON.parse(new TextDecoder().decode(bytes)) : undefined };
   };
 
+  /** What all chunks of an execution share. */
   origin = (execution_id) => {
     return { deployment_name: this.name, workflow_id: this.workflow?.workflow_id, execution_id };
+  };
+
+  /** Checks how many executions the server accepts during `requests`, by its own list. */
+  started = async (expected, requests) => {
+    const list = `/api/executions?deployment_name=${this.name}&limit=1000`;
+    const before = (await this.get(list)).items.length;
+    const answers = await requests();
+    const more = (await this.get(list)).items.length - before;
+    assert.equal(more, expected, `${more} executions were started, not ${expected}`);
+    return answers;
   };
 
   /** Removes what was made. */

@@ -93,15 +93,37 @@ describe('npm run verify', () => {
   const changes = 'a status stream tells each change once and in order, under numbers that ascend';
   const missed = 'a status stream goes on after any event, with the same bytes and no snapshot';
   const badCursor = 'a status cursor that is no number is refused with 400, an unknown deployment with 404';
+  const merged =
+    'a batch streams all its items as one: each whole and in order, between the two chunks of the batch';
+  const mergedResumed = "a batch's stream goes on after any event, with the same bytes, and runs nothing";
+  const mergedEnd =
+    "after a batch's last event there is nothing more: 204; a cursor that is none of it is refused";
+  const batchRepeated = 'a batch that is sent again with its key is the same batch, and runs nothing';
+  const batchCancelled = 'a cancelled batch ends with all of its items, and none is lost';
 
   it.each<[string, string[], StreamFault]>([
-    ['pays no heed to the key', [runsOnce, reused, badKey], { request: without('idempotency-key') }],
+    [
+      'pays no heed to the key',
+      [runsOnce, reused, badKey, batchRepeated],
+      { request: without('idempotency-key') },
+    ],
     [
       'pays no heed to the last event',
-      [repeated, nothingMore, otherQuery, missed, badCursor],
+      [repeated, nothingMore, otherQuery, missed, badCursor, mergedResumed, mergedEnd],
       { request: without('last-event-id') },
     ],
-    ['ignores a cancellation', [cancelled], { request: ignoreCancellation }],
+    ['ignores a cancellation', [cancelled, batchCancelled], { request: ignoreCancellation }],
+    ['swaps two chunks of an item in a batch', [merged], { rewrite: swapInItem }],
+    [
+      'counts wrongly at the end of a batch',
+      [merged],
+      { rewrite: (stream) => stream.replace('"completed":3', '"completed":2') },
+    ],
+    [
+      'ends a batch where an item ends',
+      [merged],
+      { rewrite: blocks((all) => all.slice(0, all.findIndex(endsItem) + 1 || undefined)) },
+    ],
     [
       'counts wrongly in its snapshot',
       [snapshot],
@@ -211,6 +233,21 @@ function blocks(change: (blocks: string[]) => string[]): (stream: string) => str
       .join('');
   };
 }
+
+/** Changes the order of two chunks under ids that are in order. */
+function swapInItem(stream: string): string {
+  if (!stream.includes('"batch_id"')) return stream;
+  const itemOf = (block = '') =>
+    /"item_id":"[^"]*","sequence":[2-9]\d*,"agent_id"/.test(block) && /"item_id":"[^"]*"/.exec(block)?.[0];
+  return blocks((all) => {
+    const at = all.findIndex((block, index) => itemOf(block) && itemOf(block) === itemOf(all[index + 1]));
+    const data = (index: number) => /^data: .*$/m.exec(all[index] ?? '')?.[0] ?? '';
+    const swapped = (from: number, to: number) => all[from]?.replace(data(from), () => data(to)) ?? '';
+    return all.toSpliced(at, 2, swapped(at, at + 1), swapped(at + 1, at));
+  })(stream);
+}
+
+const endsItem = (block: string) => /"status":"completed",.*"item_id"/.test(block);
 
 const isRunning = (block: string) => block.includes('"status":"running"');
 
