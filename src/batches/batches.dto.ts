@@ -1,4 +1,4 @@
-import { ApiProperty, PickType } from '@nestjs/swagger';
+import { ApiProperty, ApiPropertyOptional, PickType } from '@nestjs/swagger';
 import { Type } from 'class-transformer';
 import {
   ArrayMaxSize,
@@ -42,7 +42,7 @@ export class BatchItemDto extends PickType(ExecuteDto, ['query', 'chat_history',
 
 /** Many executions of one deployment. */
 export class ExecuteBatchDto extends PickType(ExecuteDto, ['deployment_name', 'environment', 'include']) {
-  /** What to run; each item is an execution of its own */
+  /** What to run: each item is an execution of its own. All are accepted, or none */
   @IsArray()
   @ArrayMinSize(1)
   @ArrayMaxSize(MOST_ITEMS)
@@ -57,28 +57,27 @@ export class ExecuteBatchDto extends PickType(ExecuteDto, ['deployment_name', 'e
   })
   items: BatchItemDto[];
 
-  /**
-   * How many items are in the queue and running at once, at most; they begin in their order
-   * @default 50
-   */
+  /** How many items are in the queue and running at once, at most; they begin in their order */
   @IsOptional()
   @IsInt()
   @Min(1)
   @Max(MOST_ITEMS)
+  @ApiPropertyOptional({ default: DEFAULT_CONCURRENCY })
   concurrency?: number;
 
   /**
-   * After an item that ended with an error: `continue` runs the others all the same, `stop` begins none of them any more
-   * (they end as `cancelled`), and lets finish what runs
-   * @default continue
+   * After an item that ended with an error: `continue` runs the others all the same; `stop` lets those finish that run, and
+   * begins no other one: they end as `cancelled`
    */
   @IsOptional()
   @IsIn(['continue', 'stop'])
+  @ApiPropertyOptional({ default: 'continue' })
   on_item_error?: 'continue' | 'stop';
 }
 
 /** An item and the execution that it is. */
 export class BatchExecutionDto {
+  /** Your name for it, or its index. */
   item_id: string;
   execution_id: string;
 }
@@ -115,7 +114,7 @@ export class BatchResultDto {
   usage: UsageDto;
   /** From acceptance to the end, in ms. */
   duration_ms?: number;
-  /** The execution. */
+  /** The address of the execution. */
   self: string;
 
   /** Reads an item's row as clients see it; fields without a value are left out. */
@@ -187,6 +186,7 @@ export class BatchDto {
 
 /** Which items to show with a batch. */
 export class BatchQueryDto {
+  /** Items to show, at most */
   @IsOptional()
   @QueryInteger()
   @IsInt()

@@ -78,10 +78,10 @@ export class ExecuteDto {
   /**
    * When no client follows the execution any more: `continue` lets it finish, `cancel` cancels it after the deployment's
    * `disconnect_grace_ms`
-   * @default continue
    */
   @IsOptional()
   @IsIn(['continue', 'cancel'])
+  @ApiPropertyOptional({ default: 'continue' })
   on_disconnect?: 'continue' | 'cancel';
 
   /** `progress` adds chunks of that type: each step's state and the text of the agents in between */
