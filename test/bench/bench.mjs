@@ -1,5 +1,5 @@
 /*
- * npm run bench [-- options]: what the streams of Agent Studio cost. Four suites, which take less than 9 minutes together.
+ * npm run bench [-- options]: what the streams of Agent Studio cost. Five suites, which take less than 13 minutes together.
  * Each one prints its figures, then all targets are judged. Any stream that is not what it should be (`started` first, no
  * gap in the sequence, as many chunks of content as the model said, `completed` last) fails the run (exit code 1); a
  * missed target does not.
@@ -49,6 +49,16 @@
  *   core            % of a core that the server used during one heartbeat interval; PostgreSQL: that PostgreSQL used
  *   closed after    s from the last client's leaving until `agent_studio_open_streams` is 0
  *
+ * Suite `batch`: 1,000 executions of the built-in model, whose answer is a chunk for each word of the query, read by one
+ * client as the merged stream of a batch, and as single streams (POST /api/workflows/execute/stream), each read by a client of
+ * its own; with a `concurrency` of 1,000 and 1,000 clients at once, and with the default of 50 and 50 clients, who
+ * ask for their next stream when one ends. A new server each time, which has run 600 executions, half of them in each way.
+ *   chunks/s        of content, from the first request to the last end
+ *   first content   ms from the first request to the first text of any execution
+ *   half have begun ms from the first request until half of the executions have said something
+ *   server          CPU µs of the server per chunk; PostgreSQL: as above; core, rest: as above
+ *   peak, held      MB of the server's RSS more than before: the most of all moments, and after the end and a collection
+ *
  * Suite `processes`: Agent Studio as several processes on one database. Less than 3 minutes, in three parts:
  * `live`: 20 and 100 streams whose model says 50 chunks a second each, through
  *   a  one process        ROLE=all: what was committed is handed to the readers in memory
@@ -71,9 +81,10 @@
  * where each one has a core.
  *
  * Options
- *   --suite NAME      some of the suites: throughput, resume, readers, processes, separated by commas
- *   --quick           a first look: one round, `throughput` with 1 and 100 streams; about 3 minutes, `throughput`
- *                     alone less than 40 s; `processes`, with the short JOB_LOCK_MS only, less than 60 s
+ *   --suite NAME      some of the suites: throughput, resume, readers, batch, processes, separated by commas
+ *   --quick           a first look: one round, `throughput` with 1 and 100 streams; about 4 minutes, `throughput`
+ *                     alone less than 40 s; `processes`, with the short JOB_LOCK_MS only, less than 60 s; `batch`
+ *                     about 60 s
  *   --json FILE       all figures of all rounds
  *   --dist FOLDER     a build of Agent Studio other than `dist`
  *   --profile FOLDER  a CPU profile of every server and cell of `throughput` and of `live` (it slows them down); opens in
@@ -99,6 +110,7 @@ import { pin } from './processes.mjs';
 import { judgeTargets, render, summarize, toJson } from './report.mjs';
 import { SERVERS, startAgentStudio, startLoad, startUpstream } from './servers.mjs';
 import { StudioProcesses } from './studio-processes.mjs';
+import { measureBatch } from './suites/batch.mjs';
 import { PARTS, measureProcesses } from './suites/processes.mjs';
 import { measureReaders } from './suites/readers.mjs';
 import { measureResume } from './suites/resume.mjs';
@@ -109,6 +121,7 @@ const SUITES = {
   throughput: measureThroughput,
   resume: measureResume,
   readers: measureReaders,
+  batch: measureBatch,
   processes: measureProcesses,
 };
 

@@ -3,7 +3,7 @@ import { createConnection } from 'node:net';
 import { answer } from './child.mjs';
 import './askers.mjs';
 import './followers.mjs';
-import { StreamCheck } from './stream-check.mjs';
+import { BatchCheck, StreamCheck } from './stream-check.mjs';
 import { clockUs } from './streams.mjs';
 
 /** A stream on which nothing came for this long counts as failed, ms. */
@@ -33,7 +33,8 @@ class Client {
       return;
     }
     this.begun++;
-    this.check = new StreamCheck({ ...run.expected, onText: run.onText });
+    const Check = run.expected?.items === undefined ? StreamCheck : BatchCheck;
+    this.check = new Check({ ...run.expected, onText: run.onText });
     this.firstContentSeen = false;
     this.connect();
     this.asked = this.heard = performance.now();
@@ -56,12 +57,13 @@ class Client {
 
   receive(piece) {
     const { check, run } = this;
-    const { frames: before, restarts } = check;
+    const { frames: before, restarts, speaking } = check;
     this.heard = performance.now();
     if (run.isStamped) run.heardAt = clockUs();
     check.read(piece.latin1Slice());
     if (check.restarts > restarts) run.restartedAt.push(clockUs());
     if (before === 0 && check.frames > 0) run.firstChunk.push(this.heard - this.asked);
+    for (let count = speaking; count < check.speaking; count++) run.spokeAt.push(this.heard - run.begun);
     if (!this.firstContentSeen && check.content > 0) {
       this.firstContentSeen = true;
       run.firstContent.push(this.heard - this.asked);
@@ -100,10 +102,11 @@ process.channel.ref();
  * Keeps `streams` streams of the server on `port` open for `seconds`, or until every client has read `each` of them, then
  * lets the last ones end.
  * @param options.ramp ms over which the clients begin, one after the other
- * @param options.expected what the streams are to be, see {@link StreamCheck}
+ * @param options.expected what the streams are to be, see {@link StreamCheck}; with `items`, see {@link BatchCheck}
  * @param options.isStamped each text is the moment at which the upstream wrote it
  * @returns counts of finished streams and content chunks, ms from the first request to the last stream's end, ms to the
- *   first chunk and to the first content of each stream, and the faults with their counts; `latencies`: µs from the
+ *   first chunk and to the first content of each stream, and the faults with their counts; `spokeAt`: ms from the first
+ *   request to the first content of each execution, in the order of their coming; `latencies`: µs from the
  *   upstream to here of each stamped chunk that was written while all streams were live; `restartedAt`: of each
  *   chunk that said so, see clockUs
  */
@@ -120,10 +123,12 @@ answer(
         `POST ${path} HTTP/1.1\r\nHost: 127.0.0.1:${port}\r\nAccept: text/event-stream\r\n` +
           `Content-Type: application/json\r\nContent-Length: ${Buffer.byteLength(body)}\r\n\r\n${body}`,
       ),
+      begun,
       finished: 0,
       chunks: 0,
       firstChunk: [],
       firstContent: [],
+      spokeAt: [],
       restartedAt: [],
       failed: false,
       fail: (fault) => {
@@ -148,8 +153,8 @@ answer(
       const [written, heard] = moments.slice(index, index + 2);
       if (written >= run.allLiveFrom && written < run.allLiveUntil) latencies.push(heard - written);
     }
-    const { finished, chunks, firstChunk, firstContent, restartedAt } = run;
-    return { finished, chunks, ms, firstChunk, firstContent, restartedAt, latencies, faults };
+    const { finished, chunks, firstChunk, firstContent, spokeAt, restartedAt } = run;
+    return { finished, chunks, ms, firstChunk, firstContent, spokeAt, restartedAt, latencies, faults };
   },
 );
 process.send({ ready: true });

@@ -1,10 +1,11 @@
 // The whole report: what each suite measured, summarized, judged and written.
+import * as batch from './reports/batch.mjs';
 import * as processes from './reports/processes.mjs';
 import * as readers from './reports/readers.mjs';
 import * as resume from './reports/resume.mjs';
 import * as throughput from './reports/throughput.mjs';
 
-const REPORTS = { throughput, resume, readers, processes };
+const REPORTS = { throughput, resume, readers, batch, processes };
 
 /** From what the suites measured, by their names, to the figures that are shown; see each one's `summarize`. */
 export function summarize(measured) {

@@ -5,6 +5,9 @@ import { CHUNKS } from './streams.mjs';
 const SEQUENCE = '"sequence":';
 const CONTENT = '{"type":"content"';
 const TEXT = '"data":"';
+/** What only the two chunks of a batch itself begin with. */
+const OF_BATCH = '{"type":"status","data":{';
+const ITEM = '"item_id":"';
 
 /** One response: HTTP/1.1 in chunked coding, in it the frames of a stream. All text is latin1, as only ASCII is sent. */
 export class StreamCheck {
@@ -93,15 +96,20 @@ export class StreamCheck {
     data += 'data: '.length;
     if (this.terminal !== undefined) this.fault ??= `a chunk came after "${this.terminal}"`;
     this.frames++;
-    let digit = text.indexOf(SEQUENCE, data) + SEQUENCE.length;
-    let sequence = 0;
-    for (let code = text.charCodeAt(digit); code >= 48 && code <= 57; code = text.charCodeAt(++digit)) {
-      sequence = sequence * 10 + code - 48;
-    }
+    this.readChunk(text, data, end);
+  }
+
+  readChunk(text, data) {
+    const sequence = numberAt(text, text.indexOf(SEQUENCE, data) + SEQUENCE.length);
     const expected = this.after + this.frames;
     if (sequence !== expected) this.fault ??= `sequence ${sequence} where ${expected} was to come`;
     if (text.startsWith(CONTENT, data)) this.readContent(text, data);
-    else this.readStatus(JSON.parse(text.slice(data, text.indexOf('\n', data))));
+    else this.readStatus(jsonAt(text, data));
+  }
+
+  /** How many executions have said something. */
+  get speaking() {
+    return this.content > 0 ? 1 : 0;
   }
 
   readContent(text, data) {
@@ -132,4 +140,64 @@ export class StreamCheck {
     if (this.terminal === undefined) this.fault ??= `no terminal chunk after ${this.frames} chunks`;
     if (this.unfinishedFrame !== '') this.fault ??= 'the last frame has no end';
   }
+}
+
+/** The merged stream of a batch whose items have no names: each item is checked like a stream of its own. */
+export class BatchCheck extends StreamCheck {
+  speaking = 0;
+  ended = 0;
+
+  /** @param options.items how many there are, `tokens` in each of them */
+  constructor({ tokens, items }) {
+    super({ tokens });
+    this.items = items;
+    this.sequences = new Int32Array(items);
+    this.contents = new Int32Array(items);
+  }
+
+  readChunk(text, data, end) {
+    const position = numberAt(text, text.lastIndexOf(':', end) + 1);
+    if (position !== this.frames) this.fault ??= `event ${position} where ${this.frames} was to come`;
+    if (text.startsWith(OF_BATCH, data)) return this.readOwn(jsonAt(text, data));
+    const begin = text.indexOf(ITEM, data) + ITEM.length;
+    const item = numberAt(text, begin);
+    const sequence = numberAt(text, text.indexOf(SEQUENCE, begin) + SEQUENCE.length);
+    const expected = ++this.sequences[item];
+    if (sequence !== expected) {
+      this.fault ??= `sequence ${sequence} of an item where ${expected} was to come`;
+    }
+    if (!text.startsWith(CONTENT, data)) return this.readEnd(jsonAt(text, data), item);
+    this.content++;
+    if (++this.contents[item] === 1) this.speaking++;
+  }
+
+  readOwn({ status, sequence }) {
+    if (sequence === 1 && this.frames === 1) return;
+    this.terminal = status;
+    if (status !== 'completed') this.fault ??= `the batch ended as "${status}"`;
+    if (this.ended !== this.items) this.fault ??= `${this.ended} items ended in place of ${this.items}`;
+  }
+
+  readEnd({ status, sequence }, item) {
+    if (status === 'started' && sequence === 1) return;
+    this.ended++;
+    if (status !== 'completed') this.fault ??= `an item ended as "${status}"`;
+    const content = this.contents[item];
+    if (content !== this.tokens) {
+      this.fault ??= `${content} chunks of content of an item in place of ${this.tokens}`;
+    }
+  }
+}
+
+function numberAt(text, digit) {
+  let number = 0;
+  for (let code = text.charCodeAt(digit); code >= 48 && code <= 57; code = text.charCodeAt(++digit)) {
+    number = number * 10 + code - 48;
+  }
+  return number;
+}
+
+/** The rest of a line. */
+function jsonAt(text, begin) {
+  return JSON.parse(text.slice(begin, text.indexOf('\n', begin)));
 }

@@ -40,7 +40,7 @@ export function summarize(records) {
 }
 
 /** The record of a round with percentiles in place of the times of each stream. */
-function withoutEachStream({ firstChunk, firstContent, ...record }) {
+function withoutEachStream({ firstChunk, firstContent, spokeAt: _spokeAt, ...record }) {
   return { ...record, first_chunk_ms: percentiles(firstChunk), first_content_ms: percentiles(firstContent) };
 }
 
