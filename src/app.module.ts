@@ -8,6 +8,7 @@ import { DeploymentsModule } from './deployments/deployments.module.js';
 import { ExecutionsModule } from './executions/executions.module.js';
 import { HealthModule } from './health/health.module.js';
 import { Metrics } from './metrics.js';
+import { WebSocketModule } from './websocket/websocket.module.js';
 import { WorkflowsModule } from './workflows/workflows.module.js';
 
 @Global()
@@ -23,6 +24,7 @@ export class AppModule {
         DeploymentsModule,
         ExecutionsModule,
         BatchesModule,
+        WebSocketModule,
         HealthModule,
       ],
       providers: [{ provide: CONFIG, useValue: config }, Metrics],

@@ -11,6 +11,7 @@ import { AppError } from './errors.js';
 import { JsonLogger, requestLog } from './json-logger.js';
 import { serveOpenApi } from './openapi.js';
 import { ProblemFilter, validationError } from './problem.filter.js';
+import { StudioWsAdapter } from './websocket/websocket.adapter.js';
 
 /** A worker listens for probes and scrapes only: nobody should come to depend on it for anything else. */
 const refuse: RequestHandler = (_request, _response, next) => {
@@ -69,6 +70,7 @@ export async function createApp(config: ServerConfig): Promise<NestExpressApplic
     }),
   );
   app.useGlobalFilters(new ProblemFilter());
+  app.useWebSocketAdapter(new StudioWsAdapter(app));
   serveOpenApi(app);
   await app.init();
   return app;

@@ -103,6 +103,7 @@ const schema = z.object({
   CORS_ORIGINS: origins,
   MAX_BODY_BYTES: integer(1024, 1_073_741_824, 1_048_576),
   MAX_JSON_DEPTH: integer(4, 256, 32),
+  WS_MAX_SUBSCRIPTIONS: integer(1, 100_000, 1000),
   MAX_AGENTS: integer(1, 10_000, 100),
   MAX_CONNECTIONS: integer(0, 100_000, 1000),
   SEED_EXAMPLE: z.enum(['true', 'false'], 'must be true or false').optional(),

@@ -1,7 +1,9 @@
-import type { Server, ServerResponse } from 'node:http';
+import { createServer } from 'node:http';
+import type { RequestListener, Server, ServerResponse } from 'node:http';
 import { Server as NetServer } from 'node:net';
 import { setImmediate as nextTurn, setTimeout as sleep } from 'node:timers/promises';
 import { ExpressAdapter } from '@nestjs/platform-express';
+import { WebSocketRequest } from './websocket/upgrade.js';
 
 /**
  * How long connections that are in use get to hear, with their next answer, that they will be closed. A proxy that sends a
@@ -18,6 +20,11 @@ const IDLE_CHECK_MS = 20;
  * go of those that it has. Streams end as complete responses, and a client that reads nothing can't hold it up.
  */
 export class DrainingAdapter extends ExpressAdapter {
+  override initHttpServer(): void {
+    const listener = this.getInstance<RequestListener>();
+    this.setHttpServer(createServer({ IncomingMessage: WebSocketRequest }, listener));
+  }
+
   override async close(): Promise<void> {
     const server: Server = this.getHttpServer();
     if (!server.listening) return;

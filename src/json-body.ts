@@ -34,8 +34,11 @@ function requireJson(request: Request, _response: Response, next: NextFunction):
   next();
 }
 
-/** Walks without recursion, because what JSON.parse can nest would overflow the stack of a recursive walk. */
-function checkJson(body: unknown, maxDepth: number): void {
+/**
+ * Throws `validation_failed` for nesting deeper than `maxDepth` or a key that could pollute a prototype. Walks without
+ * recursion, because what JSON.parse can nest would overflow the stack of a recursive walk.
+ */
+export function checkJson(body: unknown, maxDepth: number): void {
   const open: { value: unknown; pointer: string; depth: number }[] = [{ value: body, pointer: '', depth: 0 }];
   for (let node = open.pop(); node; node = open.pop()) {
     const { value, pointer, depth } = node;

@@ -6,7 +6,8 @@ import { pinoHttp } from 'pino-http';
 import { v4 as uuidv4 } from 'uuid';
 import type { Config } from './config.js';
 
-const REQUEST_ID = /^[\w.:-]{1,100}$/;
+/** What a client may call its request. */
+export const REQUEST_ID = /^[\w.:-]{1,100}$/;
 /** Asked for every few seconds by machines. */
 const QUIET_PATHS = /^\/(health|metrics)/;
 

@@ -48,6 +48,16 @@ export class Metrics {
     help: 'Event streams that clients hold open at this process',
     registers: [this.registry],
   });
+  readonly openWebSockets = new Gauge({
+    name: 'agent_studio_open_websockets',
+    help: 'WebSockets that clients hold open at this process',
+    registers: [this.registry],
+  });
+  readonly webSocketSubscriptions = new Gauge({
+    name: 'agent_studio_websocket_subscriptions',
+    help: 'Streams that clients follow on the WebSockets of this process',
+    registers: [this.registry],
+  });
   readonly queueDepth = new Gauge({
     name: 'agent_studio_queue_depth',
     help: 'Executions that wait for a worker, in the whole system',

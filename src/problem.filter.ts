@@ -17,12 +17,7 @@ export class ProblemFilter implements ExceptionFilter {
     const request = http.getRequest<Request & { id: string }>();
     const response = http.getResponse<Response>();
     const error = translate(thrown);
-    if (error.status >= 500) {
-      this.logger[error.code === 'internal_error' ? 'error' : 'warn']({
-        request_id: request.id,
-        err: error.cause ?? error,
-      });
-    }
+    logFailure(this.logger, error, { request_id: request.id });
     // The answer has begun, so nothing can be said any more: a stream says its errors in a chunk.
     if (response.headersSent) return;
     if (error.retryAfter !== undefined) response.setHeader('Retry-After', Math.ceil(error.retryAfter));
@@ -30,7 +25,14 @@ export class ProblemFilter implements ExceptionFilter {
   }
 }
 
-function problemOf(error: AppError, request: Request & { id: string }): ProblemDto {
+/** Logs an error that is the server's own fault; the others are only their caller's business. */
+export function logFailure(logger: Logger, error: AppError, request: { request_id: string }): void {
+  if (error.status < 500) return;
+  logger[error.code === 'internal_error' ? 'error' : 'warn']({ ...request, err: error.cause ?? error });
+}
+
+/** An error as its caller sees it. */
+export function problemOf(error: AppError, request: { id: string; path: string }): ProblemDto {
   return {
     type: `urn:agent-studio:problem:${error.code}`,
     title: ERROR_CODES[error.code].title,
@@ -44,7 +46,7 @@ function problemOf(error: AppError, request: Request & { id: string }): ProblemD
 }
 
 /** What the framework, the body parser and the database throw, in the terms of this API. */
-function translate(thrown: unknown): AppError {
+export function translate(thrown: unknown): AppError {
   if (thrown instanceof AppError) return thrown;
   if (isUnavailable(thrown)) {
     return new AppError('unavailable', 'The database can not be reached. Try again in a moment.', {

@@ -1,0 +1,141 @@
+import { UseFilters } from '@nestjs/common';
+import { ConnectedSocket, MessageBody, SubscribeMessage, WebSocketGateway } from '@nestjs/websockets';
+import { AppError } from '../errors.js';
+import { ExecutionsAcceptance } from '../executions/executions.acceptance.js';
+import { ExecutionAcceptedDto } from '../executions/executions.dto.js';
+import { ExecutionsService } from '../executions/executions.service.js';
+import { Subscribers } from '../executions/subscribers.js';
+import type { ClientConnection } from './client-connection.js';
+import { StreamSources } from './stream-sources.js';
+import type { OpenedSource } from './stream-sources.js';
+import {
+  CancelDto,
+  ExecuteMessageDto,
+  PingDto,
+  SubscribeDto,
+  UnsubscribeDto,
+  WEBSOCKET_PATH,
+} from './websocket.dto.js';
+import type { MessageId, StreamTargetDto } from './websocket.dto.js';
+import { MessageProblemFilter } from './websocket.filter.js';
+
+/** Runs, follows and cancels executions for the clients of the WebSocket. */
+@WebSocketGateway({ path: WEBSOCKET_PATH })
+@UseFilters(MessageProblemFilter)
+export class StudioGateway {
+  constructor(
+    private readonly acceptance: ExecutionsAcceptance,
+    private readonly executions: ExecutionsService,
+    private readonly sources: StreamSources,
+    private readonly subscribers: Subscribers,
+  ) {}
+
+  /** Runs a deployment and streams its answer. With the key of an earlier message it attaches to that one's execution. */
+  @SubscribeMessage('execute')
+  async execute(
+    @ConnectedSocket() client: ClientConnection,
+    @MessageBody('data') { idempotency_key, ...request }: ExecuteMessageDto,
+    @MessageBody('id') id?: MessageId,
+  ): Promise<void> {
+    const giveBack = client.reserve();
+    try {
+      const accepted = await this.acceptance.accept(request, idempotency_key);
+      const { execution_id } = accepted;
+      client.answer(id, 'accepted', ExecutionAcceptedDto.from(accepted));
+      const opened =
+        accepted.status === 'queued'
+          ? { source: this.sources.execution(execution_id), after: 0, ended: false }
+          : await this.sources.openExecution(execution_id, 0);
+      this.follow(client, { execution_id }, { id, opened });
+    } finally {
+      giveBack();
+    }
+  }
+
+  /** Sends a stream from where the client has it. */
+  @SubscribeMessage('subscribe')
+  async subscribe(
+    @ConnectedSocket() client: ClientConnection,
+    @MessageBody('data') wanted: SubscribeDto,
+    @MessageBody('id') id?: MessageId,
+  ): Promise<void> {
+    const target = targetOf(wanted);
+    client.refuseSecond(keyOf(target));
+    const giveBack = client.reserve();
+    try {
+      const opened =
+        target.execution_id === undefined
+          ? await this.sources.openDeployment(target.deployment_name ?? '', wanted)
+          : await this.sources.openExecution(target.execution_id, wanted.after);
+      client.refuseSecond(keyOf(target));
+      client.answer(id, 'subscribed', { ...target, after: opened.after });
+      this.follow(client, target, { id, opened });
+    } finally {
+      giveBack();
+    }
+  }
+
+  /** Ends a stream. One that is not followed, as it has just come to its end, is no error. */
+  @SubscribeMessage('unsubscribe')
+  unsubscribe(
+    @ConnectedSocket() client: ClientConnection,
+    @MessageBody('data') wanted: UnsubscribeDto,
+    @MessageBody('id') id?: MessageId,
+  ): void {
+    const target = targetOf(wanted);
+    client.unsubscribe(keyOf(target));
+    client.answer(id, 'unsubscribed', target);
+  }
+
+  /** Cancels an execution, whoever started it. */
+  @SubscribeMessage('cancel')
+  async cancel(
+    @ConnectedSocket() client: ClientConnection,
+    @MessageBody('data') { execution_id }: CancelDto,
+    @MessageBody('id') id?: MessageId,
+  ): Promise<void> {
+    client.answer(id, 'cancelled', await this.executions.cancel(execution_id));
+  }
+
+  @SubscribeMessage('ping')
+  ping(
+    @ConnectedSocket() client: ClientConnection,
+    @MessageBody('data') _data: PingDto,
+    @MessageBody('id') id?: MessageId,
+  ): void {
+    client.answer(id, 'pong', {});
+  }
+
+  private follow(
+    client: ClientConnection,
+    target: StreamTargetDto,
+    { id, opened }: { id: MessageId | undefined; opened: OpenedSource },
+  ): void {
+    const leave =
+      target.execution_id === undefined ? undefined : this.subscribers.follow(target.execution_id);
+    client.follow({ key: keyOf(target), id, leave, ...opened });
+  }
+}
+
+/** The one stream that a message names, as answers name it. Throws `validation_failed` if it names none, or several. */
+function targetOf({ execution_id, deployment_name, environment }: StreamTargetDto): StreamTargetDto {
+  const named = [execution_id, deployment_name].filter((name) => name !== undefined).length;
+  if (named !== 1) refuse('', 'must have one of execution_id and deployment_name');
+  if (execution_id === undefined) return { deployment_name, environment };
+  if (environment !== undefined) refuse('/environment', 'goes with deployment_name only');
+  return { execution_id: execution_id.toLowerCase() };
+}
+
+function refuse(pointer: string, detail: string): never {
+  throw new AppError(
+    'validation_failed',
+    `The request is not valid: ${pointer} ${detail}.`.replace('  ', ' '),
+    {
+      faults: [{ pointer, detail }],
+    },
+  );
+}
+
+function keyOf({ execution_id, deployment_name, environment }: StreamTargetDto): string {
+  return JSON.stringify([execution_id, deployment_name, environment]);
+}
