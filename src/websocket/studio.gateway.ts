@@ -41,11 +41,11 @@ export class StudioGateway {
     try {
       const accepted = await this.acceptance.accept(request, idempotency_key);
       const { execution_id } = accepted;
-      client.answer(id, 'accepted', ExecutionAcceptedDto.from(accepted));
       const opened =
         accepted.status === 'queued'
           ? { source: this.sources.execution(execution_id), after: 0, ended: false }
           : await this.sources.openExecution(execution_id, 0);
+      client.answer(id, 'accepted', ExecutionAcceptedDto.from(accepted));
       this.follow(client, { execution_id }, { id, opened });
     } finally {
       giveBack();
