@@ -22,7 +22,7 @@ export interface ConnectionOptions {
   socket: Socket;
   /** Names the connection in the log and in problems. */
   requestId: string;
-  limits: { mostSubscriptions: number; maxJsonDepth: number; intervalMs: number };
+  limits: { mostSubscriptions: number; maxJsonDepth: number };
   metrics: Metrics;
 }
 
@@ -126,17 +126,10 @@ export class ClientConnection {
       leave();
       throw error;
     }
-    const { limits, metrics } = this.options;
+    const { metrics } = this.options;
     const { output } = this;
     const onEnd = () => this.unfollow(key);
-    const subscription = new Subscription({
-      source,
-      id,
-      after,
-      output,
-      intervalMs: limits.intervalMs,
-      onEnd,
-    });
+    const subscription = new Subscription({ source, id, after, output, onEnd });
     this.followed.set(key, { subscription, leave });
     metrics.webSocketSubscriptions.inc();
     if (ended) return subscription.end();

@@ -79,7 +79,6 @@ export class Connections implements BeforeApplicationShutdown {
       limits: {
         mostSubscriptions: this.config.WS_MAX_SUBSCRIPTIONS,
         maxJsonDepth: this.config.MAX_JSON_DEPTH,
-        intervalMs: this.config.STREAM_FLUSH_INTERVAL_MS,
       },
     });
     webSocket.on('message', (data: Buffer, isBinary: boolean) => {

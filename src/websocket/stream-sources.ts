@@ -1,8 +1,10 @@
 import { Inject, Injectable } from '@nestjs/common';
+import { BatchesReader } from '../batches/batches.reader.js';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { DeploymentsService } from '../deployments/deployments.service.js';
 import { EventLog } from '../event-log/event-log.js';
+import { MergedLog } from '../event-log/merged-log.js';
 import { ExecutionsReader } from '../executions/executions.reader.js';
 import type { StatusChange, StatusFilter, StatusSnapshot } from '../status-events/status-event.js';
 import { StatusEvents } from '../status-events/status-events.js';
@@ -23,6 +25,8 @@ export class StreamSources {
   constructor(
     private readonly log: EventLog,
     private readonly reader: ExecutionsReader,
+    private readonly mergedLog: MergedLog,
+    private readonly batches: BatchesReader,
     private readonly deployments: DeploymentsService,
     private readonly statuses: StatusEvents,
     @Inject(CONFIG) private readonly config: ServerConfig,
@@ -33,6 +37,7 @@ export class StreamSources {
     return {
       event: 'chunk',
       end: { execution_id: executionId },
+      intervalMs: this.config.STREAM_FLUSH_INTERVAL_MS,
       read: (after = 0, options) => this.log.read(executionId, after, options),
       isOver: async (after) => (await this.reader.streamStart(executionId, { after })).ended,
     };
@@ -42,6 +47,19 @@ export class StreamSources {
   async openExecution(executionId: string, from: number | undefined): Promise<OpenedSource> {
     const { after, ended } = await this.reader.streamStart(executionId, { after: from });
     return { source: this.execution(executionId.toLowerCase()), after, ended };
+  }
+
+  /** The chunks of all items of a batch as one stream. Rejects with `batch_not_found`, `invalid_cursor` or `log_expired`. */
+  async openBatch(batchId: string, from: number | undefined): Promise<OpenedSource> {
+    const { after, ended } = await this.batches.streamStart(batchId, { after: from });
+    const source: StreamSource = {
+      event: 'chunk',
+      end: { batch_id: batchId },
+      intervalMs: 0, // the merged log keeps the pace itself while it grows; what is behind that is a lot, and need not wait
+      read: (position = 0, options) => this.mergedLog.read(batchId, position, options),
+      isOver: async (position) => (await this.batches.streamStart(batchId, { after: position })).ended,
+    };
+    return { source, after, ended };
   }
 
   /** The status of a deployment and of its executions, which has no end. Rejects with `deployment_not_found`. */
@@ -59,6 +77,7 @@ export class StreamSources {
     const source: StreamSource = {
       event: 'status',
       end: { deployment_name: deploymentName, environment: found.environment },
+      intervalMs: 0,
       read: (from, options) => this.changes(filter, from, options),
       isOver: () => Promise.resolve(false),
     };

@@ -1,5 +1,6 @@
 import { UseFilters } from '@nestjs/common';
 import { ConnectedSocket, MessageBody, SubscribeMessage, WebSocketGateway } from '@nestjs/websockets';
+import { BatchesService } from '../batches/batches.service.js';
 import { AppError } from '../errors.js';
 import { ExecutionsAcceptance } from '../executions/executions.acceptance.js';
 import { ExecutionAcceptedDto } from '../executions/executions.dto.js';
@@ -26,6 +27,7 @@ export class StudioGateway {
   constructor(
     private readonly acceptance: ExecutionsAcceptance,
     private readonly executions: ExecutionsService,
+    private readonly batches: BatchesService,
     private readonly sources: StreamSources,
     private readonly subscribers: Subscribers,
   ) {}
@@ -63,10 +65,7 @@ export class StudioGateway {
     client.refuseSecond(keyOf(target));
     const giveBack = client.reserve();
     try {
-      const opened =
-        target.execution_id === undefined
-          ? await this.sources.openDeployment(target.deployment_name ?? '', wanted)
-          : await this.sources.openExecution(target.execution_id, wanted.after);
+      const opened = await this.open(target, wanted);
       client.refuseSecond(keyOf(target));
       client.answer(id, 'subscribed', { ...target, after: opened.after });
       this.follow(client, target, { id, opened });
@@ -87,14 +86,19 @@ export class StudioGateway {
     client.answer(id, 'unsubscribed', target);
   }
 
-  /** Cancels an execution, whoever started it. */
+  /** Cancels an execution or a batch, whoever started it. */
   @SubscribeMessage('cancel')
   async cancel(
     @ConnectedSocket() client: ClientConnection,
-    @MessageBody('data') { execution_id }: CancelDto,
+    @MessageBody('data') { execution_id, batch_id }: CancelDto,
     @MessageBody('id') id?: MessageId,
   ): Promise<void> {
-    client.answer(id, 'cancelled', await this.executions.cancel(execution_id));
+    refuseAllButOne({ execution_id, batch_id });
+    const cancelled =
+      execution_id === undefined
+        ? await this.batches.cancel(batch_id ?? '')
+        : await this.executions.cancel(execution_id);
+    client.answer(id, 'cancelled', cancelled);
   }
 
   @SubscribeMessage('ping')
@@ -104,6 +108,15 @@ export class StudioGateway {
     @MessageBody('id') id?: MessageId,
   ): void {
     client.answer(id, 'pong', {});
+  }
+
+  private open(
+    { execution_id, batch_id, deployment_name }: StreamTargetDto,
+    wanted: SubscribeDto,
+  ): Promise<OpenedSource> {
+    if (execution_id !== undefined) return this.sources.openExecution(execution_id, wanted.after);
+    if (batch_id !== undefined) return this.sources.openBatch(batch_id, wanted.after);
+    return this.sources.openDeployment(deployment_name ?? '', wanted);
   }
 
   private follow(
@@ -118,12 +131,24 @@ export class StudioGateway {
 }
 
 /** The one stream that a message names, as answers name it. Throws `validation_failed` if it names none, or several. */
-function targetOf({ execution_id, deployment_name, environment }: StreamTargetDto): StreamTargetDto {
-  const named = [execution_id, deployment_name].filter((name) => name !== undefined).length;
-  if (named !== 1) refuse('', 'must have one of execution_id and deployment_name');
-  if (execution_id === undefined) return { deployment_name, environment };
+function targetOf({
+  execution_id,
+  batch_id,
+  deployment_name,
+  environment,
+}: StreamTargetDto): StreamTargetDto {
+  refuseAllButOne({ execution_id, batch_id, deployment_name });
+  if (deployment_name !== undefined) return { deployment_name, environment };
   if (environment !== undefined) refuse('/environment', 'goes with deployment_name only');
-  return { execution_id: execution_id.toLowerCase() };
+  // As the log names it, whatever case a client writes it in.
+  return execution_id === undefined
+    ? { batch_id: batch_id?.toLowerCase() }
+    : { execution_id: execution_id.toLowerCase() };
+}
+
+function refuseAllButOne(names: Record<string, string | undefined>): void {
+  const given = Object.values(names).filter((name) => name !== undefined).length;
+  if (given !== 1) refuse('', `must have one of ${Object.keys(names).join(', ')}`);
 }
 
 function refuse(pointer: string, detail: string): never {
@@ -136,6 +161,6 @@ function refuse(pointer: string, detail: string): never {
   );
 }
 
-function keyOf({ execution_id, deployment_name, environment }: StreamTargetDto): string {
-  return JSON.stringify([execution_id, deployment_name, environment]);
+function keyOf({ execution_id, batch_id, deployment_name, environment }: StreamTargetDto): string {
+  return JSON.stringify([execution_id, batch_id, deployment_name, environment]);
 }

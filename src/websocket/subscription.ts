@@ -1,9 +1,8 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { LogBatch } from '../event-log/event-log.js';
+import { MOST_CHARACTERS } from '../executions/chunk-events.js';
 import type { EndTurn, SocketOutput } from './socket-output.js';
 
-/** Characters that a stream sends in one turn; then the next stream has its turn. */
-const MOST_CHARACTERS = 48 * 1024;
 /** How long a stream that reads again what it put down may keep the others waiting, ms: a crash of PostgreSQL may have taken it. */
 const LONGEST_TURN_MS = 1000;
 
@@ -16,6 +15,8 @@ export interface StreamSource {
   readonly event: 'chunk' | 'status';
   /** What its last frame says. */
   readonly end: object;
+  /** Least time between two pieces, ms. */
+  readonly intervalMs: number;
   /**
    * Yields what comes after a position; without one from its beginning. It reads on only when asked for more. An empty
    * batch is yielded each time nothing came for `idleMs`. Returns after the last item, and early when `signal` aborts, the
@@ -37,8 +38,6 @@ export interface SubscriptionOptions {
   /** Position of the last item that the client has. */
   after: number | undefined;
   output: SocketOutput;
-  /** Least time between two pieces, ms. */
-  intervalMs: number;
   /** Called before the last frame is sent. */
   onEnd: () => void;
 }
@@ -141,7 +140,7 @@ export class Subscription {
   }
 
   private async pace(): Promise<void> {
-    const early = this.sentAt + this.options.intervalMs - performance.now();
+    const early = this.sentAt + this.options.source.intervalMs - performance.now();
     if (early < 1) return;
     await sleep(early, undefined, { signal: this.stop.signal }).catch(() => undefined); // only the abort rejects, and the caller looks at it
   }

@@ -1,4 +1,4 @@
-import { ApiProperty, ApiPropertyOptional } from '@nestjs/swagger';
+import { ApiProperty, ApiPropertyOptional, PickType } from '@nestjs/swagger';
 import { IsIn, IsInt, IsOptional, IsString, Max, MaxLength, Min } from 'class-validator';
 import { EXECUTION_STATUSES } from '../database/entities/execution.entity.js';
 import { IsStorableText } from '../dto.js';
@@ -53,6 +53,12 @@ export class StreamTargetDto {
   @IsStorableText()
   execution_id?: string;
 
+  /** A batch: the chunks of all its items */
+  @IsOptional()
+  @IsString()
+  @IsStorableText()
+  batch_id?: string;
+
   /** A deployment: its status and that of its executions */
   @IsOptional()
   @IsString()
@@ -87,13 +93,8 @@ export class SubscribeDto extends StreamTargetDto {
 /** `data` of `unsubscribe`. */
 export class UnsubscribeDto extends StreamTargetDto {}
 
-/** `data` of `cancel`. */
-export class CancelDto {
-  /** What to cancel */
-  @IsString()
-  @IsStorableText()
-  execution_id: string;
-}
+/** `data` of `cancel`; one of them says what is meant. */
+export class CancelDto extends PickType(StreamTargetDto, ['execution_id', 'batch_id']) {}
 
 /** `data` of `ping`: nothing. */
 export class PingDto {}

@@ -1,4 +1,5 @@
 import { Module } from '@nestjs/common';
+import { BatchesModule } from '../batches/batches.module.js';
 import { DeploymentsModule } from '../deployments/deployments.module.js';
 import { EventLogModule } from '../event-log/event-log.module.js';
 import { ExecutionsModule } from '../executions/executions.module.js';
@@ -9,7 +10,7 @@ import { StudioGateway } from './studio.gateway.js';
 
 /** Everything that streams, over one WebSocket. */
 @Module({
-  imports: [DeploymentsModule, EventLogModule, ExecutionsModule, StatusEventsModule],
+  imports: [BatchesModule, DeploymentsModule, EventLogModule, ExecutionsModule, StatusEventsModule],
   providers: [Connections, StreamSources, StudioGateway],
 })
 export class WebSocketModule {}

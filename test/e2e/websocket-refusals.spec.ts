@@ -132,7 +132,19 @@ describe('what is refused', () => {
       path: '/api/executions/EXECUTION/cancel',
       code: 'execution_finished',
     },
-    { event: 'cancel', data: {}, code: 'validation_failed', pointer: '/execution_id' },
+    { event: 'cancel', data: {}, code: 'validation_failed', pointer: '' },
+    {
+      event: 'subscribe',
+      data: { batch_id: UNKNOWN },
+      path: `/api/batches/${UNKNOWN}/stream`,
+      code: 'batch_not_found',
+    },
+    {
+      event: 'cancel',
+      data: { batch_id: UNKNOWN },
+      path: `/api/batches/${UNKNOWN}/cancel`,
+      code: 'batch_not_found',
+    },
     { event: 'ping', data: { more: 1 }, code: 'validation_failed', pointer: '/more' },
   ];
 

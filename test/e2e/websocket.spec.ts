@@ -2,7 +2,15 @@ import { randomUUID } from 'node:crypto';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from '@jest/globals';
 import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
-import { Studio, echo, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
+import {
+  EventStream,
+  Studio,
+  echo,
+  faultsOfStream,
+  textOf,
+  until,
+  upstreamAgent,
+} from '../support/studio.js';
 import type { Frame } from '../support/studio.js';
 import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 import { WsClient, frameOf } from '../support/ws-client.js';
@@ -215,6 +223,50 @@ describe('unsubscribe', () => {
     const client = await open();
     const answer = await client.ask('unsubscribe', { execution_id: UNKNOWN });
     expect(answer).toMatchObject({ event: 'unsubscribed', data: { execution_id: UNKNOWN } });
+  });
+});
+
+describe('a batch', () => {
+  const start = async (items: object[], fields: object = {}) => {
+    const { body } = await studio.json<{ batch_id: string }>('/api/workflows/execute/batch', {
+      method: 'POST',
+      body: { deployment_name: deployment, items, ...fields },
+    });
+    return body.batch_id;
+  };
+
+  it('is followed as over SSE, to the byte, and goes on right behind any of its chunks', async () => {
+    const client = await open();
+    const batchId = await start(Array.from({ length: 12 }, (_, index) => ({ query: `item ${index}` })));
+    const begun = await client.ask('subscribe', { batch_id: batchId });
+    expect(begun).toMatchObject({ event: 'subscribed', data: { batch_id: batchId, after: 0 } });
+    const { data } = await client.answer(({ event }) => event === 'end');
+    expect(data).toEqual({ batch_id: batchId });
+    const chunks = client.answers.filter(({ event }) => event === 'chunk');
+    const lines = chunks.map(
+      ({ after, raw }) => `${batchId}:${after} ${raw.slice(raw.indexOf('"data":') + 7, -1)}`,
+    );
+    const sse = new EventStream(await fetch(`${app.url}/api/batches/${batchId}/stream`));
+    expect(lines).toEqual(linesOf(await sse.frames()));
+    for (const after of [1, 7, lines.length - 1, lines.length]) {
+      const { id } = await client.ask('subscribe', { batch_id: batchId, after });
+      await client.answer((answer) => answer.event === 'end' && answer.id === id);
+      const rest = client.answers.filter((answer) => answer.event === 'chunk' && answer.id === id);
+      expect(rest.map(({ after: at }) => at)).toEqual(
+        lines.slice(after).map((_, index) => after + index + 1),
+      );
+    }
+  });
+
+  it('is cancelled, and its stream comes to its end', async () => {
+    const client = await open();
+    const batchId = await start([{ query: 'a' }, { query: 'b' }], { deployment_name: conducted });
+    const { id } = await client.ask('subscribe', { batch_id: batchId });
+    const answer = await client.ask('cancel', { batch_id: batchId });
+    expect(answer).toMatchObject({ event: 'cancelled', data: { batch_id: batchId, status: 'cancelled' } });
+    await client.answer(({ event, id: of }) => event === 'end' && of === id);
+    const last = client.answers.findLast(({ event }) => event === 'chunk');
+    expect(last?.data).toMatchObject({ status: 'cancelled', batch_id: batchId });
   });
 });
 
