@@ -161,7 +161,8 @@ describe('cancelling a batch', () => {
     const outcomes = { 202: 0, 409: 0 };
     // Cancels earlier after each batch that was faster and later after each that was not, so that both keep happening.
     let delay = 15;
-    for (let round = 0; round < 40; round++) {
+    const enough = () => outcomes[202] >= 5 && outcomes[409] >= 5;
+    for (let round = 0; round < 25 || (round < 150 && !enough()); round++) {
       const items = itemsOf(queriesOf(3));
       const stream = await batches.stream({ deployment_name: deployment, items });
       const reading: Promise<Frame[]> = stream.frames();
@@ -170,14 +171,13 @@ describe('cancelling a batch', () => {
       const { status } = await (round % 2 === 0 ? batches : elsewhere).cancel(batchId);
       if (status !== 202 && status !== 409) throw new Error(`The cancellation was answered with ${status}.`);
       outcomes[status]++;
-      delay = Math.max(0, delay + (status === 202 ? 1 : -1));
+      delay = status === 202 ? delay * 1.2 + 1 : Math.max(0, delay / 1.2 - 1);
       const frames = await reading;
       const end = status === 202 ? 'cancelled' : 'completed';
       expect([faultsOfMerged(frames, batchId), frames.at(-1)?.chunk.status]).toEqual([[], end]);
       expect((await elsewhere.get(batchId)).status).toBe(end);
       expect(linesOf(await elsewhere.whole(batchId))).toEqual(linesOf(frames));
     }
-    expect(outcomes[202]).toBeGreaterThanOrEqual(5);
-    expect(outcomes[409]).toBeGreaterThanOrEqual(5);
+    expect(enough()).toBe(true);
   });
 });
