@@ -139,7 +139,7 @@ export class PostgresMergedLog extends MergedLog implements BeforeApplicationShu
     signal: AbortSignal,
   ): Promise<StoredChunks | undefined> {
     try {
-      const logs = await members;
+      const logs = await unlessAborted(members, signal);
       return await this.retried(
         async () => this.readStored(logs, await order.after(cursor, READ_ROWS), cursor),
         signal,
@@ -177,6 +177,17 @@ export class PostgresMergedLog extends MergedLog implements BeforeApplicationShu
   private retried<Result>(statement: () => Promise<Result>, signal: AbortSignal): Promise<Result> {
     return retryWhileUnavailable(statement, { signal, onRetry: (error) => this.logger.debug(error) });
   }
+}
+
+/** Resolves as `promise` does; rejects at once when `signal` aborts: the last reader to leave is what ends the promise. */
+function unlessAborted<Result>(promise: Promise<Result>, signal: AbortSignal): Promise<Result> {
+  return new Promise((resolve, reject) => {
+    const onAbort = () => reject(signal.reason as Error);
+    if (signal.aborted) return onAbort();
+    signal.addEventListener('abort', onAbort);
+    const settled = () => signal.removeEventListener('abort', onAbort);
+    promise.then(resolve, reject).finally(settled);
+  });
 }
 
 interface StoredRange {
