@@ -156,7 +156,7 @@ export class ChaosClient {
 }
 
 /** As `fetch` tells that there is nobody, or not any more. By the name: its classes are not those of Jest's realm. */
-function isConnectionFailure(error: unknown): boolean {
+export function isConnectionFailure(error: unknown): boolean {
   const { name, message } = error as Error;
   return name === 'AbortError' || (name === 'TypeError' && /^(fetch failed|terminated)$/.test(message));
 }
