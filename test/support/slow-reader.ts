@@ -11,14 +11,14 @@ export interface Pace {
   pauseMs: number;
 }
 
-const ONE_KIB_A_SECOND: Pace = { bytes: 1024, pauseMs: 1000 };
+export const ONE_KIB_A_SECOND: Pace = { bytes: 1024, pauseMs: 1000 };
 
 /**
  * A connection that is read at a pace. Between two reads nothing is taken from the kernel, so that its buffers fill up
  * and the server meets a full socket. Node can't make these buffers smaller; they hold some MB at most, which a test's
  * stream must exceed.
  */
-class PacedConnection extends Duplex {
+export class PacedConnection extends Duplex {
   /** Bytes read so far. */
   received = 0;
   private readonly socket: Socket;
