@@ -103,7 +103,7 @@ export function refuse(code: ErrorCode, what: string, faults: readonly Fault[]):
   const [first] = faults;
   if (first === undefined) return;
   const more = faults.length === 1 ? '' : ` (and ${faults.length - 1} more)`;
-  throw new AppError(code, `${what}: ${first.pointer} ${first.detail}${more}.`, {
+  throw new AppError(code, `${what}: ${first.pointer} ${first.detail.replace(/\.+$/, '')}${more}.`, {
     faults: faults.slice(0, MAX_FAULTS),
   });
 }

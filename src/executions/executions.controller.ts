@@ -40,7 +40,7 @@ const CHUNKS = 'Server-Sent Events; the data of each one is a chunk';
 export const IDEMPOTENCY_KEY = {
   name: 'Idempotency-Key',
   required: false,
-  description: 'The same key and body get the same execution, which runs once',
+  description: 'The same key and body get the same execution or batch, which runs once',
 } as const;
 
 /** What can be wrong with a request to run something. */

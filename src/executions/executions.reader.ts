@@ -167,7 +167,7 @@ export function parseEventId(eventId: string): { id: string; position: number } 
   if (!id || !position) {
     throw new AppError(
       'invalid_cursor',
-      'Last-Event-ID must be the id of an event, such as <execution_id>:<sequence>.',
+      'Last-Event-ID must be the id of an event: <execution_id>:<sequence>, or <batch_id>:<position> of a batch.',
     );
   }
   return { id: id.toLowerCase(), position: Number(position) };
