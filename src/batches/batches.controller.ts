@@ -14,6 +14,7 @@ import {
 } from '@nestjs/common';
 import type { MessageEvent } from '@nestjs/common';
 import { ApiHeader, ApiOkResponse, ApiProduces, ApiTags } from '@nestjs/swagger';
+import { ServerResponse } from 'node:http';
 import { Readable } from 'node:stream';
 import type { Response } from 'express';
 import type { Observable } from 'rxjs';
@@ -112,9 +113,12 @@ export class BatchesController {
   })
   @ApiProblems('batch_not_found')
   async results(@Param('batch_id') batchId: string): Promise<StreamableFile> {
-    const { batch_id } = await this.reader.find(batchId);
-    return new StreamableFile(Readable.from(this.reader.results(batch_id), { objectMode: false }), {
+    const lines = await this.reader.results(batchId);
+    return new StreamableFile(Readable.from(lines, { objectMode: false }), {
       type: 'application/x-ndjson; charset=utf-8',
+    }).setErrorHandler((error, response) => {
+      // An answer that ended in good order would pass for whole.
+      if (response instanceof ServerResponse) response.destroy(error);
     });
   }
 

@@ -50,13 +50,16 @@ export class BatchesReader {
     });
   }
 
-  /** Lines of JSON, one for each item in the order of the request, as they are now; read as they are asked for. */
-  async *results(batchId: string): AsyncGenerator<string, void, void> {
-    for (let from = 0; ; from += RESULTS_PAGE) {
-      const page = await this.page(batchId, from, RESULTS_PAGE);
-      if (page.length > 0) yield page.map((item) => `${toJson(item)}\n`).join('');
-      if (page.length < RESULTS_PAGE) return;
-    }
+  /** Lines of JSON, one for each item in the order of the request, as they are now; most are read as they are asked for. */
+  async results(batchId: string): Promise<AsyncIterable<string>> {
+    const { batch_id } = await this.find(batchId);
+    const pages = this.pages(batch_id);
+    const first = await pages.next(); // so that a database that is away can be told with a status
+    return (async function* () {
+      for (let page = first; !page.done; page = await pages.next()) {
+        yield page.value.map((item) => `${toJson(item)}\n`).join('');
+      }
+    })();
   }
 
   /**
@@ -80,6 +83,14 @@ export class BatchesReader {
       );
     }
     return { after: cursor, ended: end.isFinal && cursor === end.position };
+  }
+
+  private async *pages(batchId: string): AsyncGenerator<BatchResultDto[], void, void> {
+    for (let from = 0; ; from += RESULTS_PAGE) {
+      const page = await this.page(batchId, from, RESULTS_PAGE);
+      if (page.length > 0) yield page;
+      if (page.length < RESULTS_PAGE) return;
+    }
   }
 
   private async page(batchId: string, from: number, limit: number): Promise<BatchResultDto[]> {

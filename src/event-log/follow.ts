@@ -29,7 +29,7 @@ export async function* follow(
       const { isUncertain } = subscription;
       subscription.beginCatchUp(cursor);
       const stored = await catchUp(cursor, isUncertain);
-      if (!stored) return;
+      if (!stored || subscription.closed) return;
       if (stored.more) subscription.invalidate();
       batch = stored.batch;
     }

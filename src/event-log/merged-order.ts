@@ -1,4 +1,5 @@
 import type { Pool } from 'pg';
+import type { SessionConnection } from '../database/session-connection.js';
 
 /** Consecutive chunks of one member: 0 is the batch itself, the others are its items in their order. */
 export interface Range {
@@ -26,9 +27,8 @@ const END_PARTS = `0:${LAST_OF_BATCH}-${LAST_OF_BATCH}`;
 const APPEND = {
   name: 'batch-order-append',
   text: `
-    WITH relaxed AS MATERIALIZED (SELECT set_config('synchronous_commit', $6, true))
     INSERT INTO batch_order (batch_id, first_position, last_position, parts, merged)
-    SELECT $1::uuid, $2::int, $3::int, $4::text, $5::int[] FROM relaxed
+    SELECT $1::uuid, $2::int, $3::int, $4::text, $5::int[]
      WHERE $2 - 1 = coalesce((SELECT last_position FROM batch_order WHERE batch_id = $1 AND first_position < $2
                                ORDER BY first_position DESC LIMIT 1), 0)
         ON CONFLICT DO NOTHING`,
@@ -69,11 +69,11 @@ interface StoredRow {
 
 /** The stored order of one batch. */
 export class MergedOrder {
-  /** @param commit `on` waits for the disk, `off` does not (`synchronous_commit` of PostgreSQL) */
+  /** @param session what rows are appended on: as long as it lasts, PostgreSQL has not crashed, and nothing is taken back */
   constructor(
     private readonly pool: Pool,
     private readonly batchId: string,
-    private readonly commit: 'on' | 'off',
+    private readonly session: SessionConnection,
   ) {}
 
   /** @returns false if another process has taken the position, this very row is there already, or the rows before it are lost */
@@ -82,8 +82,8 @@ export class MergedOrder {
     merged: number[] | undefined,
   ): Promise<boolean> {
     const parts = ranges.map(({ member, first, last }) => `${member}:${first}-${last}`).join();
-    const values = [this.batchId, first_position, last_position, parts, merged, this.commit];
-    const { rowCount } = await this.pool.query({ ...APPEND, values });
+    const values = [this.batchId, first_position, last_position, parts, merged];
+    const { rowCount } = await this.session.query({ ...APPEND, values });
     return rowCount === 1;
   }
 

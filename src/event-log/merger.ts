@@ -89,7 +89,7 @@ export class Merger {
   private listenerOf(member: number): LogListener {
     return {
       deliver: (batch, characters) => {
-        this.waiting.keep(member, batch, characters);
+        if (batch.last > (this.merged[member] ?? 0)) this.waiting.keep(member, batch, characters);
         this.learn(member, batch.last);
       },
       announce: (last) => this.learn(member, last),
@@ -142,7 +142,7 @@ export class Merger {
     const isEnding = this.known[0] === LAST_OF_BATCH && !this.sawAll;
     if ((this.mustLook || isEnding) && !(await this.look())) return;
     const row = this.compose();
-    if (!row) return;
+    if (!row || this.stopped.signal.aborted) return;
     const { order, readers, batchId } = this.options;
     const isCheckpoint = this.rowsSinceCheckpoint + 1 >= CHECKPOINT_ROWS;
     const isFirst = await order.append(row, isCheckpoint ? this.mergedWith(row) : undefined);

@@ -1,8 +1,10 @@
+import { setImmediate as nextTurn } from 'node:timers/promises';
 import { Inject, Injectable, Logger } from '@nestjs/common';
-import type { BeforeApplicationShutdown } from '@nestjs/common';
+import type { BeforeApplicationShutdown, OnApplicationShutdown } from '@nestjs/common';
 import { Pool } from 'pg';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
+import { SessionConnection } from '../database/session-connection.js';
 import { retryWhileUnavailable } from '../database/unavailable.js';
 import type { LogBatch } from './event-log.js';
 import { follow } from './follow.js';
@@ -33,6 +35,8 @@ interface SharedBatch {
   /** Logs of the batch and of its items; resolves once the merger has begun. */
   members: Promise<string[]>;
   merger?: Merger;
+  /** Reads of the table that are about to begin, by position: readers that were woken together share one. */
+  reads: Map<number, Promise<StoredChunks | undefined>>;
   stopped: AbortController;
 }
 
@@ -41,10 +45,11 @@ interface SharedBatch {
  * sequences. The chunks themselves stay where they are, and a batch that nobody reads costs nothing.
  */
 @Injectable()
-export class PostgresMergedLog extends MergedLog implements BeforeApplicationShutdown {
+export class PostgresMergedLog extends MergedLog implements BeforeApplicationShutdown, OnApplicationShutdown {
   private readonly logger = new Logger(PostgresMergedLog.name);
   private readonly readers = new LogSubscriptions();
   private readonly batches = new Map<string, SharedBatch>();
+  private readonly session: SessionConnection;
 
   constructor(
     private readonly pool: Pool,
@@ -53,11 +58,23 @@ export class PostgresMergedLog extends MergedLog implements BeforeApplicationShu
     private readonly notifier: LogNotifier,
   ) {
     super();
+    this.session = new SessionConnection({
+      connectionString: config.DATABASE_URL,
+      setup: [`SET synchronous_commit = ${config.DURABLE_CHUNKS === 'true' ? 'on' : 'off'}`],
+      onLost: (error) => {
+        this.logger.warn(`The connection that stores the order of merged logs was lost: ${error.message}`);
+        this.batches.forEach((batch, batchId) => this.fail(batchId, batch));
+      },
+    });
   }
 
   /** As with the event log: before the HTTP server waits for its connections. */
   beforeApplicationShutdown(): void {
     this.readers.closeAll();
+  }
+
+  async onApplicationShutdown(): Promise<void> {
+    await this.session.close();
   }
 
   async *read(
@@ -91,10 +108,9 @@ export class PostgresMergedLog extends MergedLog implements BeforeApplicationShu
       known.readers++;
       return known;
     }
-    const commit = this.config.DURABLE_CHUNKS === 'true' ? 'on' : 'off';
-    const order = new MergedOrder(this.pool, batchId, commit);
+    const order = new MergedOrder(this.pool, batchId, this.session);
     const stopped = new AbortController();
-    const batch: SharedBatch = { readers: 1, order, stopped, members: Promise.resolve([]) };
+    const batch: SharedBatch = { readers: 1, order, stopped, reads: new Map(), members: Promise.resolve([]) };
     batch.members = this.retried(() => this.begin(batchId, batch), stopped.signal);
     batch.members.catch((error: unknown) => this.logger.debug(error)); // its readers are told
     this.batches.set(batchId, batch);
@@ -102,9 +118,18 @@ export class PostgresMergedLog extends MergedLog implements BeforeApplicationShu
   }
 
   private leave(batchId: string, batch: SharedBatch): void {
-    if (--batch.readers > 0) return;
+    if (--batch.readers === 0) this.stop(batchId, batch);
+  }
+
+  /** Sends the readers of a batch away. Who comes from now on begins anew. */
+  private fail(batchId: string, batch: SharedBatch): void {
+    this.stop(batchId, batch);
+    this.readers.close(batchId);
+  }
+
+  private stop(batchId: string, batch: SharedBatch): void {
     if (this.batches.get(batchId) === batch) this.batches.delete(batchId);
-    batch.stopped.abort(new Error('Nobody reads the batch any more.'));
+    batch.stopped.abort(new Error('The batch is not merged here any more.'));
     batch.merger?.stop();
   }
 
@@ -120,34 +145,47 @@ export class PostgresMergedLog extends MergedLog implements BeforeApplicationShu
       subscriptions,
       readers,
       intervalMs: config.STREAM_FLUSH_INTERVAL_MS,
-      onFailure: () => {
-        // Who comes from now on begins anew.
-        if (this.batches.get(batchId) === batch) this.batches.delete(batchId);
-        readers.close(batchId);
-      },
+      onFailure: () => this.fail(batchId, batch),
     });
+    // Before anything is read: what is known of the order holds as long as this connection does.
+    await this.session.connected();
     batch.stopped.signal.throwIfAborted();
     batch.merger = merger;
     await merger.start();
     return members;
   }
 
-  /** What is stored after a position; undefined once `signal` aborted. */
+  /** What is stored after a position; undefined once `signal` aborted, or the batch is not merged here any more. */
   private async catchUp(
-    { order, members }: SharedBatch,
+    batch: SharedBatch,
     cursor: number,
     signal: AbortSignal,
   ): Promise<StoredChunks | undefined> {
+    let read = batch.reads.get(cursor);
+    if (!read) {
+      read = this.readAfter(batch, cursor);
+      batch.reads.set(cursor, read);
+    }
     try {
-      const logs = await unlessAborted(members, signal);
-      return await this.retried(
-        async () => this.readStored(logs, await order.after(cursor, READ_ROWS), cursor),
-        signal,
-      );
+      return await unlessAborted(read, signal);
     } catch (error) {
-      if (signal.aborted) return undefined;
+      if (signal.aborted || batch.stopped.signal.aborted) return undefined;
       throw error;
     }
+  }
+
+  private async readAfter(
+    { members, order, reads, stopped }: SharedBatch,
+    cursor: number,
+  ): Promise<StoredChunks | undefined> {
+    const logs = await members;
+    await nextTurn();
+    // Who comes from now on was woken by something that this read may not see.
+    reads.delete(cursor);
+    return this.retried(
+      async () => this.readStored(logs, await order.after(cursor, READ_ROWS), cursor),
+      stopped.signal,
+    );
   }
 
   /** Undefined if the chunks were deleted. */
@@ -179,7 +217,7 @@ export class PostgresMergedLog extends MergedLog implements BeforeApplicationShu
   }
 }
 
-/** Resolves as `promise` does; rejects at once when `signal` aborts: the last reader to leave is what ends the promise. */
+/** Settles as `promise` does, and at once when `signal` aborts. */
 function unlessAborted<Result>(promise: Promise<Result>, signal: AbortSignal): Promise<Result> {
   return new Promise((resolve, reject) => {
     const onAbort = () => reject(signal.reason as Error);

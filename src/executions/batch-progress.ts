@@ -101,7 +101,16 @@ const FINISH = {
     INSERT INTO execution_chunk (execution_id, first_sequence, last_sequence, chunks) VALUES ($1, 2, 2, $4)`,
 };
 
-const RUNNING = { name: 'batch-running', text: `SELECT batch_id FROM batch WHERE status = 'running'` };
+/** Batches that can be carried on: that are to stop, have room for an item, or no unfinished one. */
+const DUE = {
+  name: 'batch-due',
+  text: `
+    SELECT batch_id FROM batch CROSS JOIN LATERAL (
+             SELECT count(*) AS unfinished, count(*) FILTER (WHERE NOT held) AS let_go FROM execution
+              WHERE execution.batch_id = batch.batch_id AND execution.status IN ('queued', 'running')) AS items
+     WHERE status = 'running'
+       AND (cancel_requested_at IS NOT NULL OR ${IS_STOPPED} OR unfinished = 0 OR let_go < least(concurrency, unfinished))`,
+};
 
 /** An item that was let go: into the queue, if its deployment has no limit. */
 type Released = Pick<Execution, 'execution_id' | 'deployment_id' | 'admitted'>;
@@ -184,6 +193,7 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
     const begun = stopped.filter((item) => !unbegun.includes(item));
     this.running.cancel(begun.map(({ execution_id }) => execution_id));
     await Promise.all(unbegun.map((item) => this.running.end(item, 1, { status: 'cancelled' })));
+    new Set(unbegun.map(({ deployment_id }) => deployment_id)).forEach((id) => this.admission.release(id));
     return [...new Set(unbegun.map(({ batch_id }) => batch_id ?? ''))];
   }
 
@@ -196,7 +206,7 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
   }
 
   private async look(): Promise<void> {
-    const { rows } = await this.pool.query<{ batch_id: string }>(RUNNING);
+    const { rows } = await this.pool.query<{ batch_id: string }>(DUE);
     await Promise.all(rows.map(({ batch_id }) => this.advance(batch_id)));
   }
 

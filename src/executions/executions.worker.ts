@@ -32,13 +32,14 @@ const HAND_BACK_MS = 5000;
  * Takes the execution: from here on `fence` is its fencing token, and an older attempt can write nothing. It is random and
  * not the number of the attempt, which comes again if PostgreSQL crashes before the claim is on its disk. One that is
  * "running" already has lost its worker; what makes progress between two losses is not what stops its workers. The commit
- * does not wait for the disk, since nobody was told of it: were it lost, the execution would be claimed again.
+ * does not wait for the disk, since nobody was told of it: were it lost, the execution would be claimed again. Nor did that of
+ * its admission: it counts as admitted from here on in any case.
  */
 const CLAIM = {
   name: 'execution-claim',
   text: `
     WITH relaxed AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
-    UPDATE execution SET status = 'running', attempt = attempt + 1, fence = 1 + (random() * 2147483646)::int, started_at = coalesce(started_at, now()),
+    UPDATE execution SET status = 'running', held = false, admitted = true, attempt = attempt + 1, fence = 1 + (random() * 2147483646)::int, started_at = coalesce(started_at, now()),
            lost_attempts = CASE
              WHEN status = 'queued' THEN lost_attempts
              WHEN EXISTS (SELECT 1 FROM step WHERE step.execution_id = execution.execution_id

@@ -9,7 +9,7 @@ import { queryAtLength } from '../database/query-at-length.js';
 const BATCH_EXECUTIONS = 200;
 const BATCH_CHUNKS = 20_000;
 const BATCH_EVENTS = 5000;
-const BATCH_MERGED = 20;
+const BATCH_MERGED = 5;
 /** Between two batches, so that a large backlog does not keep the database from its work. */
 const PAUSE_MS = 100;
 /** At once; the rest of a backlog follows the next time. */
@@ -26,17 +26,17 @@ const DELETE_LOGS = `
        AND (batch_id IS NULL OR EXISTS (SELECT 1 FROM batch WHERE batch.batch_id = execution.batch_id
                                            AND batch.log_deleted_at IS NOT NULL))
      ORDER BY finished_at LIMIT ${BATCH_EXECUTIONS} FOR NO KEY UPDATE SKIP LOCKED
-  ), batch AS MATERIALIZED (
+  ), chosen AS MATERIALIZED (
     SELECT execution_id
       FROM (SELECT execution_id, sum(last_sequence) OVER (ORDER BY finished_at, execution_id) - last_sequence AS before
               FROM oldest) AS summed
      WHERE before < ${BATCH_CHUNKS}
   ), deleted AS (
-    DELETE FROM execution_chunk WHERE execution_id IN (SELECT execution_id FROM batch)
+    DELETE FROM execution_chunk WHERE execution_id IN (SELECT execution_id FROM chosen)
   ), forgotten AS (
-    DELETE FROM execution_subscriber WHERE execution_id IN (SELECT execution_id FROM batch)
+    DELETE FROM execution_subscriber WHERE execution_id IN (SELECT execution_id FROM chosen)
   )
-  UPDATE execution SET log_deleted_at = now() FROM batch WHERE execution.execution_id = batch.execution_id`;
+  UPDATE execution SET log_deleted_at = now() FROM chosen WHERE execution.execution_id = chosen.execution_id`;
 
 /** Merged logs: the order and the batches' own chunks. The logs of the items are kept until then, so that none meets a gap. */
 const DELETE_BATCHES = `
