@@ -7,11 +7,11 @@ import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { MergedLog } from '../event-log/merged-log.js';
 import { chunkEvents } from '../executions/chunk-events.js';
-import { batchLinks } from '../executions/executions.dto.js';
 import { parseEventId } from '../executions/executions.reader.js';
 import { Metrics } from '../metrics.js';
 import { eventStream } from '../sse/event-stream.js';
 import { BatchesAcceptance } from './batches.acceptance.js';
+import { batchLinks } from './batches.dto.js';
 import type { ExecuteBatchDto } from './batches.dto.js';
 import { BatchesReader } from './batches.reader.js';
 

@@ -8,16 +8,17 @@ import type { ServerConfig } from '../config.js';
 import type { Batch } from '../database/entities/batch.entity.js';
 import type { ExecutionInput } from '../database/entities/configuration.js';
 import { withClient } from '../database/with-client.js';
+import { OVERRIDES_REFUSED } from '../engine/definition.js';
+import { refuse } from '../engine/validation.js';
 import type { ActiveDeployment } from '../deployments/deployments.service.js';
 import { AppError } from '../errors.js';
 import type { Fault } from '../errors.js';
 import { ChunkSerializer } from '../event-log/chunk.js';
 import { ExecutionsAcceptance, canonical, inputOf, refuseKey } from '../executions/executions.acceptance.js';
 import { ExecutionsAdmission } from '../executions/executions.admission.js';
-import { batchLinks } from '../executions/executions.dto.js';
 import { Metrics } from '../metrics.js';
 import { ExecutionQueue } from '../queue/execution-queue.js';
-import { DEFAULT_CONCURRENCY } from './batches.dto.js';
+import { DEFAULT_CONCURRENCY, batchLinks } from './batches.dto.js';
 import type { BatchAcceptedDto, BatchExecutionDto, ExecuteBatchDto } from './batches.dto.js';
 
 /**
@@ -85,10 +86,12 @@ export class BatchesAcceptance {
    */
   async accept(request: ExecuteBatchDto, idempotencyKey?: string): Promise<BatchAcceptedDto> {
     const itemIds = request.items.map(({ item_id }, index) => item_id ?? String(index));
-    refuseRepeated(itemIds);
+    const repeated = findRepeated(itemIds);
     const earlier = await this.findEarlier(request, idempotencyKey);
     if (earlier) return earlier;
-    const { deployment, runtime_config } = await this.executions.check(request, overridesOf(request));
+    const { deployment, runtime_config, faults } = await this.executions.check(request, overridesOf(request));
+    if (repeated.length > 0) refuse('validation_failed', 'The items are not valid', [...repeated, ...faults]);
+    refuse('override_not_allowed', OVERRIDES_REFUSED, faults);
     await this.takePlaces(itemIds.length);
     const batch: NewBatch = {
       batch_id: uuidv7(),
@@ -204,16 +207,16 @@ function acceptedOf(batchId: string, items: BatchExecutionDto[]): BatchAcceptedD
   return { batch_id: batchId, executions, links: batchLinks(batchId) };
 }
 
-/** What was asked, with what was left out: the same text for the same request. */
+/** The same text for the same request. What was left out stays out: another default would make it another request. */
 function hashOf(request: ExecuteBatchDto): string {
   const { deployment_name, environment, items, include, concurrency, on_item_error } = request;
   const asked = {
     deployment_name,
     environment,
     include: include ?? [],
-    concurrency: concurrency ?? DEFAULT_CONCURRENCY,
-    on_item_error: on_item_error ?? 'continue',
-    items: items.map((item, index) => ({ item_id: item.item_id ?? String(index), ...inputOf(item) })),
+    concurrency,
+    on_item_error,
+    items: items.map((item) => ({ item_id: item.item_id, ...inputOf(item) })),
   };
   return createHash('sha256').update(canonical(asked)).digest('hex');
 }
@@ -225,17 +228,12 @@ function overridesOf(request: ExecuteBatchDto): { overrides: unknown; pointer: s
   }));
 }
 
-function refuseRepeated(itemIds: string[]): void {
+function findRepeated(itemIds: string[]): Fault[] {
   const firsts = new Map<string, number>();
-  const faults: Fault[] = [];
-  itemIds.forEach((itemId, index) => {
+  return itemIds.flatMap((itemId, index) => {
     const first = firsts.get(itemId);
     if (first === undefined) firsts.set(itemId, index);
-    else faults.push({ pointer: `/items/${index}/item_id`, detail: `is the same as that of item ${first}` });
+    const detail = `must be unique in a batch, and item ${first} has it already`;
+    return first === undefined ? [] : [{ pointer: `/items/${index}/item_id`, detail }];
   });
-  if (faults.length > 0) {
-    throw new AppError('validation_failed', 'The request is not valid: item_id must be unique in a batch.', {
-      faults,
-    });
-  }
 }

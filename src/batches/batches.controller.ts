@@ -18,7 +18,7 @@ import { ServerResponse } from 'node:http';
 import { Readable } from 'node:stream';
 import type { Response } from 'express';
 import type { Observable } from 'rxjs';
-import { IDEMPOTENCY_KEY, REFUSALS } from '../executions/executions.controller.js';
+import { IDEMPOTENCY_HEADER, REFUSALS } from '../executions/executions.controller.js';
 import { ApiProblems } from '../problem.dto.js';
 import { ApiEventStream } from '../sse/api-event-stream.js';
 import { BatchStreams, nameBatch } from './batch.stream.js';
@@ -47,7 +47,7 @@ export class ExecuteBatchController {
   /** Run a deployment for many queries in the background; all of them are accepted, or none */
   @Post()
   @HttpCode(202)
-  @ApiHeader(IDEMPOTENCY_KEY)
+  @ApiHeader(IDEMPOTENCY_HEADER)
   @ApiProblems(...REFUSALS)
   async execute(
     @Body() request: ExecuteBatchDto,
@@ -62,7 +62,7 @@ export class ExecuteBatchController {
   /** Run a deployment for many queries and stream all answers as one, while they are generated (Server-Sent Events) */
   @Sse('stream', { method: RequestMethod.POST, maxPendingDataLength: 0 })
   @HttpCode(200)
-  @ApiHeader(IDEMPOTENCY_KEY)
+  @ApiHeader(IDEMPOTENCY_HEADER)
   @ApiEventStream(CHUNKS)
   @ApiProblems(...REFUSALS, 'invalid_cursor', 'batch_not_found', 'log_expired')
   stream(

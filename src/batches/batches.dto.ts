@@ -19,7 +19,7 @@ import type { Batch } from '../database/entities/batch.entity.js';
 import { EXECUTION_STATUSES } from '../database/entities/execution.entity.js';
 import type { Execution } from '../database/entities/execution.entity.js';
 import { IsListOfObjects, IsStorableText, QueryInteger } from '../dto.js';
-import { BatchLinksDto, ExecuteDto, FailureDto, UsageDto, batchLinks } from '../executions/executions.dto.js';
+import { ExecuteDto, FailureDto, UsageDto, executionLinks } from '../executions/executions.dto.js';
 
 /** Items of a batch at most; so many may be in the queue and running at once, too. */
 export const MOST_ITEMS = 1000;
@@ -75,6 +75,14 @@ export class ExecuteBatchDto extends PickType(ExecuteDto, ['deployment_name', 'e
   on_item_error?: 'continue' | 'stop';
 }
 
+/** Where a batch can be watched and stopped, and its results be read. */
+export class BatchLinksDto {
+  self: string;
+  stream: string;
+  results: string;
+  cancel: string;
+}
+
 /** An item and the execution that it is. */
 export class BatchExecutionDto {
   /** Your name for it, or its index. */
@@ -128,7 +136,7 @@ export class BatchResultDto {
       error: row.code ? { code: row.code, message: row.error ?? '' } : undefined,
       usage: { input_tokens: row.input_tokens, output_tokens: row.output_tokens },
       duration_ms: row.finished_at ? row.finished_at.getTime() - row.created_at.getTime() : undefined,
-      self: `/api/executions/${row.execution_id}`,
+      self: executionLinks(row.execution_id).self,
     };
   }
 }
@@ -212,4 +220,10 @@ export class BatchStreamQueryDto {
   @Min(0)
   @Max(2_147_483_647)
   after?: number;
+}
+
+/** The addresses of a batch, relative to the server. */
+export function batchLinks(batchId: string): BatchLinksDto {
+  const self = `/api/batches/${batchId}`;
+  return { self, stream: `${self}/stream`, results: `${self}/results`, cancel: `${self}/cancel` };
 }

@@ -8,9 +8,9 @@ import { Execution } from '../database/entities/execution.entity.js';
 import { AppError } from '../errors.js';
 import { toJson } from '../event-log/chunk.js';
 import { MergedLog } from '../event-log/merged-log.js';
-import { countOf } from '../executions/batch-progress.js';
 import { parseEventId } from '../executions/executions.reader.js';
 import type { StreamStart } from '../executions/executions.reader.js';
+import { countOf } from './batch-progress.js';
 import { BatchDto, BatchResultDto } from './batches.dto.js';
 import type { BatchQueryDto } from './batches.dto.js';
 

@@ -23,15 +23,22 @@ const END_PARTS = `0:${LAST_OF_BATCH}-${LAST_OF_BATCH}`;
 /**
  * Whoever inserts the row that begins at a position decides what comes there, so that processes need no lock between them.
  * The others find it taken, and read it. It must follow the row before it: a crash of PostgreSQL can take the last rows away.
+ * Batches are in the order of their ids, so that two processes can't wait for each other.
  */
 const APPEND = {
   name: 'batch-order-append',
   text: `
     INSERT INTO batch_order (batch_id, first_position, last_position, parts, merged)
-    SELECT $1::uuid, $2::int, $3::int, $4::text, $5::int[]
-     WHERE $2 - 1 = coalesce((SELECT last_position FROM batch_order WHERE batch_id = $1 AND first_position < $2
-                               ORDER BY first_position DESC LIMIT 1), 0)
-        ON CONFLICT DO NOTHING`,
+    SELECT batch_id, first_position, last_position, parts, merged::int[]
+      FROM unnest($1::uuid[], $2::int[], $3::int[], $4::text[], $5::text[])
+           AS row (batch_id, first_position, last_position, parts, merged)
+     WHERE row.first_position - 1 = coalesce((
+             SELECT before.last_position FROM batch_order AS before
+              WHERE before.batch_id = row.batch_id AND before.first_position < row.first_position
+              ORDER BY before.first_position DESC LIMIT 1), 0)
+     ORDER BY batch_id
+        ON CONFLICT DO NOTHING
+    RETURNING batch_id`,
 };
 
 /** From the newest row that says how far each member was merged; from the beginning, if there is none. */
@@ -67,25 +74,42 @@ interface StoredRow {
   parts: string;
 }
 
+/** A row that is to be appended. */
+export interface NewOrderRow extends OrderRow {
+  batchId: string;
+  /** How far each member is merged with this row; with some rows only. */
+  merged: number[] | undefined;
+  /** Whether it is still wanted when its turn has come. */
+  signal: AbortSignal;
+}
+
+/**
+ * Appends rows of several batches in one statement. Answers for each whether it was appended: it was not if another process has
+ * taken the position, it is there already, the row before it is lost, or nobody wants it any more.
+ *
+ * @param session as long as it lasts, PostgreSQL has not crashed, and what was known of the order holds
+ */
+export async function appendRows(session: SessionConnection, asked: NewOrderRow[]): Promise<boolean[]> {
+  const rows = asked.filter(({ signal }) => !signal.aborted);
+  if (rows.length === 0) return asked.map(() => false);
+  const values = [
+    rows.map(({ batchId }) => batchId),
+    rows.map(({ first_position }) => first_position),
+    rows.map(({ last_position }) => last_position),
+    rows.map(({ ranges }) => ranges.map(({ member, first, last }) => `${member}:${first}-${last}`).join()),
+    rows.map(({ merged }) => (merged ? `{${merged.join()}}` : null)),
+  ];
+  const stored = await session.query<{ batch_id: string }>({ ...APPEND, values });
+  const appended = new Set(stored.rows.map(({ batch_id }) => batch_id));
+  return asked.map(({ batchId, signal }) => !signal.aborted && appended.has(batchId));
+}
+
 /** The stored order of one batch. */
 export class MergedOrder {
-  /** @param session what rows are appended on: as long as it lasts, PostgreSQL has not crashed, and nothing is taken back */
   constructor(
     private readonly pool: Pool,
     private readonly batchId: string,
-    private readonly session: SessionConnection,
   ) {}
-
-  /** @returns false if another process has taken the position, this very row is there already, or the rows before it are lost */
-  async append(
-    { first_position, last_position, ranges }: OrderRow,
-    merged: number[] | undefined,
-  ): Promise<boolean> {
-    const parts = ranges.map(({ member, first, last }) => `${member}:${first}-${last}`).join();
-    const values = [this.batchId, first_position, last_position, parts, merged];
-    const { rowCount } = await this.session.query({ ...APPEND, values });
-    return rowCount === 1;
-  }
 
   /** The newest place where it says how far each member is merged, if there is one, and the rows after it. */
   async newest(): Promise<{ merged: number[] | null; position: number; rows: OrderRow[] }> {

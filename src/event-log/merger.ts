@@ -4,7 +4,7 @@ import { retryWhileUnavailable } from '../database/unavailable.js';
 import { FlushSchedule } from './flush-schedule.js';
 import type { LogListener, LogSubscriptions } from './log-subscriptions.js';
 import { LAST_OF_BATCH } from './merged-order.js';
-import type { MergedOrder, OrderRow, Range } from './merged-order.js';
+import type { MergedOrder, NewOrderRow, OrderRow, Range } from './merged-order.js';
 import { POSITIONS } from './statements.js';
 import { WaitingChunks } from './waiting-chunks.js';
 
@@ -21,13 +21,14 @@ export interface MergerOptions {
   members: string[];
   pool: Pool;
   order: MergedOrder;
+  append: (row: NewOrderRow) => Promise<boolean>;
   /** Where it hears of its members. */
   subscriptions: LogSubscriptions;
   /** Whom it tells, under the id of the batch. */
   readers: LogSubscriptions;
   /** Between two rows of the order, in ms. */
   intervalMs: number;
-  /** Called when it can't go on: logs were deleted, or there is a defect. Its readers must be sent away. */
+  /** Called when it can't go on: logs or rows of the order are gone, the process shuts down, or there is a defect. */
   onFailure: () => void;
 }
 
@@ -142,10 +143,12 @@ export class Merger {
     const isEnding = this.known[0] === LAST_OF_BATCH && !this.sawAll;
     if ((this.mustLook || isEnding) && !(await this.look())) return;
     const row = this.compose();
-    if (!row || this.stopped.signal.aborted) return;
-    const { order, readers, batchId } = this.options;
+    if (!row) return;
+    const { order, append, readers, batchId } = this.options;
     const isCheckpoint = this.rowsSinceCheckpoint + 1 >= CHECKPOINT_ROWS;
-    const isFirst = await order.append(row, isCheckpoint ? this.mergedWith(row) : undefined);
+    const merged = isCheckpoint ? this.mergedWith(row) : undefined;
+    const isFirst = await append({ ...row, batchId, merged, signal: this.stopped.signal });
+    if (this.stopped.signal.aborted) return;
     const chunks = isFirst ? this.waiting.find(row.ranges) : undefined;
     const rows = isFirst ? [row] : await order.after(this.position);
     // A crash of PostgreSQL took back what was stored: begin anew.

@@ -4,6 +4,7 @@ import type { BeforeApplicationShutdown, OnApplicationShutdown } from '@nestjs/c
 import { Pool } from 'pg';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
+import { GroupCommit } from '../database/group-commit.js';
 import { SessionConnection } from '../database/session-connection.js';
 import { retryWhileUnavailable } from '../database/unavailable.js';
 import type { LogBatch } from './event-log.js';
@@ -13,8 +14,8 @@ import { batchOf, trim } from './log-batch.js';
 import { LogNotifier } from './log-notifier.js';
 import { LogSubscriptions } from './log-subscriptions.js';
 import { MergedLog } from './merged-log.js';
-import { LAST_OF_BATCH, MergedOrder, endOfOrder } from './merged-order.js';
-import type { OrderRow, Range } from './merged-order.js';
+import { LAST_OF_BATCH, MergedOrder, appendRows, endOfOrder } from './merged-order.js';
+import type { NewOrderRow, OrderRow, Range } from './merged-order.js';
 import { Merger } from './merger.js';
 import { READ_RANGES } from './statements.js';
 
@@ -50,6 +51,7 @@ export class PostgresMergedLog extends MergedLog implements BeforeApplicationShu
   private readonly readers = new LogSubscriptions();
   private readonly batches = new Map<string, SharedBatch>();
   private readonly session: SessionConnection;
+  private readonly appends = new GroupCommit<NewOrderRow, boolean>((rows) => appendRows(this.session, rows));
 
   constructor(
     private readonly pool: Pool,
@@ -108,7 +110,7 @@ export class PostgresMergedLog extends MergedLog implements BeforeApplicationShu
       known.readers++;
       return known;
     }
-    const order = new MergedOrder(this.pool, batchId, this.session);
+    const order = new MergedOrder(this.pool, batchId);
     const stopped = new AbortController();
     const batch: SharedBatch = { readers: 1, order, stopped, reads: new Map(), members: Promise.resolve([]) };
     batch.members = this.retried(() => this.begin(batchId, batch), stopped.signal);
@@ -142,6 +144,7 @@ export class PostgresMergedLog extends MergedLog implements BeforeApplicationShu
       members,
       pool,
       order: batch.order,
+      append: (row) => this.appends.add(row),
       subscriptions,
       readers,
       intervalMs: config.STREAM_FLUSH_INTERVAL_MS,

@@ -8,6 +8,7 @@ import type { ActiveDeployment } from '../deployments/deployments.service.js';
 import { OVERRIDES_REFUSED, checkOverrides } from '../engine/definition.js';
 import { refuse } from '../engine/validation.js';
 import { AppError } from '../errors.js';
+import type { Fault } from '../errors.js';
 import { ChunkSerializer } from '../event-log/chunk.js';
 import { Metrics } from '../metrics.js';
 import { ModelRegistry } from '../models/model-registry.js';
@@ -16,7 +17,7 @@ import { ExecutionsAdmission } from './executions.admission.js';
 import type { AcceptedExecution, ExecuteDto } from './executions.dto.js';
 
 /** Printable ASCII: what every HTTP library sends and returns unchanged. */
-const IDEMPOTENCY_KEY = /^[\x20-\x7e]{1,255}$/;
+const KEY_PATTERN = /^[\x20-\x7e]{1,255}$/;
 
 /**
  * The row and its first chunk: an execution whose acceptance is committed has a log that begins with `started`. Nothing
@@ -65,7 +66,8 @@ export class ExecutionsAcceptance {
     const earlier = await this.findEarlier(request, idempotencyKey);
     if (earlier) return earlier;
     const asked = [{ overrides: request.runtime_overrides, pointer: '' }];
-    const { deployment, runtime_config } = await this.check(request, asked);
+    const { deployment, runtime_config, faults } = await this.check(request, asked);
+    refuse('override_not_allowed', OVERRIDES_REFUSED, faults);
     const input = inputOf(request);
     await this.admission.takePlaces(1);
 
@@ -93,27 +95,26 @@ export class ExecutionsAcceptance {
   }
 
   /**
-   * Finds the deployment that is asked for, and checks runtime overrides against it: what is wrong with any of them is said
-   * at once, with its `pointer` in front. Rejects with `deployment_not_found` or `override_not_allowed`.
+   * Finds the deployment that is asked for, and checks runtime overrides against it: the faults of all of them have their
+   * `pointer` in front. Rejects with `deployment_not_found`.
    */
   async check(
     request: Pick<ExecuteDto, 'deployment_name' | 'environment'>,
     asked: { overrides: unknown; pointer: string }[],
-  ): Promise<{ deployment: ActiveDeployment; runtime_config: RuntimeConfig }> {
+  ): Promise<{ deployment: ActiveDeployment; runtime_config: RuntimeConfig; faults: Fault[] }> {
     const deployment = await this.deployments.findActive(request.deployment_name, request.environment);
     const { graph, runtime_config } = await this.deployments.revision(deployment.revision_id);
     const rules = { agents: graph.agents, allowed: runtime_config.allowed_overrides, models: this.models };
     const faults = asked.flatMap(
       ({ overrides, pointer }) => checkOverrides(overrides, `${pointer}/runtime_overrides`, rules).faults,
     );
-    refuse('override_not_allowed', OVERRIDES_REFUSED, faults);
-    return { deployment, runtime_config };
+    return { deployment, runtime_config, faults };
   }
 
   /** The execution that has this key, if any; a batch has it through its first item. Rejects with `idempotency_key_invalid`. */
   async findByKey(idempotencyKey: string | undefined): Promise<KeyedExecution | undefined> {
     if (idempotencyKey === undefined) return undefined;
-    if (!IDEMPOTENCY_KEY.test(idempotencyKey)) {
+    if (!KEY_PATTERN.test(idempotencyKey)) {
       throw new AppError(
         'idempotency_key_invalid',
         'Idempotency-Key must have 1 to 255 printable ASCII characters, such as a UUID.',

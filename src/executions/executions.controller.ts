@@ -37,7 +37,7 @@ import { ExecutionsService } from './executions.service.js';
 const CHUNKS = 'Server-Sent Events; the data of each one is a chunk';
 
 /** The header of a request to run something that can be repeated. */
-export const IDEMPOTENCY_KEY = {
+export const IDEMPOTENCY_HEADER = {
   name: 'Idempotency-Key',
   required: false,
   description: 'The same key and body get the same execution or batch, which runs once',
@@ -66,7 +66,7 @@ export class ExecuteController {
   /** Run a deployment and wait for its answer */
   @Post()
   @HttpCode(200)
-  @ApiHeader(IDEMPOTENCY_KEY)
+  @ApiHeader(IDEMPOTENCY_HEADER)
   @ApiProblems(...REFUSALS, 'cancelled', 'model_error', 'agent_error', 'timeout')
   execute(
     @Body() request: ExecuteDto,
@@ -79,7 +79,7 @@ export class ExecuteController {
   /** Run a deployment and stream its answer while it is generated (Server-Sent Events) */
   @Sse('stream', { method: RequestMethod.POST, maxPendingDataLength: 0 })
   @HttpCode(200)
-  @ApiHeader(IDEMPOTENCY_KEY)
+  @ApiHeader(IDEMPOTENCY_HEADER)
   @ApiEventStream(CHUNKS)
   @ApiProblems(...REFUSALS, 'invalid_cursor', 'execution_not_found', 'log_expired')
   stream(
@@ -94,7 +94,7 @@ export class ExecuteController {
   /** Run a deployment in the background; the answer's links lead to its state and its stream */
   @Post('async')
   @HttpCode(202)
-  @ApiHeader(IDEMPOTENCY_KEY)
+  @ApiHeader(IDEMPOTENCY_HEADER)
   @ApiProblems(...REFUSALS)
   executeAsync(
     @Body() request: ExecuteDto,

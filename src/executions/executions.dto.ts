@@ -122,14 +122,6 @@ export class ExecutionLinksDto {
   cancel: string;
 }
 
-/** Where a batch can be watched and stopped, and its results be read. */
-export class BatchLinksDto {
-  self: string;
-  stream: string;
-  results: string;
-  cancel: string;
-}
-
 /** What is known of an execution at the moment of its acceptance. */
 export type AcceptedExecution = Pick<
   Execution,
@@ -358,10 +350,4 @@ export function executionLinks(executionId: string): ExecutionLinksDto {
     steps: `${self}/steps`,
     cancel: `${self}/cancel`,
   };
-}
-
-/** The addresses of a batch, relative to the server. */
-export function batchLinks(batchId: string): BatchLinksDto {
-  const self = `/api/batches/${batchId}`;
-  return { self, stream: `${self}/stream`, results: `${self}/results`, cancel: `${self}/cancel` };
 }

@@ -6,10 +6,10 @@ import { DeploymentsModule } from '../deployments/deployments.module.js';
 import { EventLogModule } from '../event-log/event-log.module.js';
 import { ModelsModule } from '../models/models.module.js';
 import { QueueModule } from '../queue/queue.module.js';
-import { BatchProgress } from './batch-progress.js';
 import { ExecutionsAcceptance } from './executions.acceptance.js';
 import { ExecutionsAdmission } from './executions.admission.js';
 import { StatusEventsModule } from '../status-events/status-events.module.js';
+import { ExecutionEnds } from './execution-ends.js';
 import { ExecutionStreams } from './execution.stream.js';
 import { ExecuteController, ExecutionsController } from './executions.controller.js';
 import { ExecutionsReader } from './executions.reader.js';
@@ -32,7 +32,7 @@ import { Subscribers } from './subscribers.js';
   ],
   controllers: [ExecuteController, ExecutionsController],
   providers: [
-    BatchProgress,
+    ExecutionEnds,
     ExecutionStreams,
     ExecutionsAcceptance,
     ExecutionsAdmission,
@@ -46,12 +46,13 @@ import { Subscribers } from './subscribers.js';
     Subscribers,
   ],
   exports: [
-    BatchProgress,
+    ExecutionEnds,
     ExecutionStreams,
     ExecutionsAcceptance,
     ExecutionsAdmission,
     ExecutionsReader,
     ExecutionsService,
+    RunningExecutions,
     Subscribers,
   ],
 })

@@ -5,10 +5,11 @@ import { validate as isUuid } from 'uuid';
 import type { Execution } from '../database/entities/execution.entity.js';
 import { AppError, toErrorCode } from '../errors.js';
 import { EventLog } from '../event-log/event-log.js';
-import { BatchProgress } from './batch-progress.js';
+import { ExecutionEnds } from './execution-ends.js';
 import { ExecutionsAcceptance } from './executions.acceptance.js';
 import { ExecutionAcceptedDto, ExecutionDto, executionLinks, isFinal } from './executions.dto.js';
 import type { ExecuteDto, ExecuteResponseDto } from './executions.dto.js';
+import { ExecutionsAdmission } from './executions.admission.js';
 import { ExecutionsReader } from './executions.reader.js';
 import { RunningExecutions } from './running-executions.js';
 import { Subscribers, onceOver } from './subscribers.js';
@@ -32,7 +33,8 @@ export class ExecutionsService {
     private readonly log: EventLog,
     private readonly reader: ExecutionsReader,
     private readonly running: RunningExecutions,
-    private readonly progress: BatchProgress,
+    private readonly admission: ExecutionsAdmission,
+    private readonly ends: ExecutionEnds,
     private readonly subscribers: Subscribers,
   ) {}
 
@@ -78,7 +80,8 @@ export class ExecutionsService {
       // One that was taken up before has more than its first chunk; the worker that gets it ends it.
       if (requested?.status === 'queued' && requested.attempt === 0) {
         await this.running.end(requested, 1, { status: 'cancelled' });
-        this.progress.ended(requested);
+        this.admission.release(requested.deployment_id);
+        this.ends.tell(requested);
       }
       if (requested) {
         this.running.cancel([requested.execution_id]);

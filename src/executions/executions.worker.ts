@@ -15,7 +15,8 @@ import { EventLog, FencedError } from '../event-log/event-log.js';
 import { Metrics } from '../metrics.js';
 import { ModelRegistry } from '../models/model-registry.js';
 import { ExecutionQueue, LockLostError } from '../queue/execution-queue.js';
-import { BatchProgress } from './batch-progress.js';
+import { ExecutionEnds } from './execution-ends.js';
+import { ExecutionsAdmission } from './executions.admission.js';
 import { ExecutionRun, isCheckpoint } from './execution-run.js';
 import { RunningExecutions } from './running-executions.js';
 import { StepStore } from './step-store.js';
@@ -88,7 +89,8 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
     private readonly models: ModelRegistry,
     private readonly steps: StepStore,
     private readonly running: RunningExecutions,
-    private readonly progress: BatchProgress,
+    private readonly admission: ExecutionsAdmission,
+    private readonly ends: ExecutionEnds,
     private readonly metrics: Metrics,
   ) {}
 
@@ -122,7 +124,8 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
       if (revision instanceof AppError) {
         const { code, message } = revision;
         await this.running.end(execution, left.lastSequence, { status: 'error', code, error: message });
-        this.progress.ended(execution);
+        this.admission.release(execution.deployment_id);
+        this.ends.tell(execution);
         return;
       }
       if (execution.input.on_disconnect === 'cancel') {
@@ -143,8 +146,10 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
         letGo,
         cancelled,
       });
-      const isLimited = revision.runtime_config.max_concurrency !== undefined;
-      if (isLimited || execution.batch_id !== null) this.progress.ended(execution);
+      if (revision.runtime_config.max_concurrency !== undefined) {
+        this.admission.release(execution.deployment_id);
+      }
+      this.ends.tell(execution);
     } catch (error) {
       throw await this.giveUp(execution, error);
     } finally {

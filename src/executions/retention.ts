@@ -23,8 +23,8 @@ const DELETE_LOGS = `
   WITH oldest AS MATERIALIZED (
     SELECT execution_id, finished_at, last_sequence FROM execution
      WHERE log_deleted_at IS NULL AND finished_at < now() - $1 * interval '1 day'
-       AND (batch_id IS NULL OR EXISTS (SELECT 1 FROM batch WHERE batch.batch_id = execution.batch_id
-                                           AND batch.log_deleted_at IS NOT NULL))
+       AND (batch_id IS NULL
+            OR (SELECT log_deleted_at IS NOT NULL FROM batch WHERE batch.batch_id = execution.batch_id))
      ORDER BY finished_at LIMIT ${BATCH_EXECUTIONS} FOR NO KEY UPDATE SKIP LOCKED
   ), chosen AS MATERIALIZED (
     SELECT execution_id

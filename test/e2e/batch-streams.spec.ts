@@ -104,10 +104,8 @@ it('an event that is not of this batch, or not there yet, is refused and runs no
     expect(await post(changed, `${id}:1`)).toMatchObject(cursor);
   expect(await post({}, `${other.batch_id}:1`)).toMatchObject(cursor);
   // The same, said otherwise.
-  const said = { concurrency: 50, on_item_error: 'continue', include: [] };
-  expect(
-    (await batches.stream({ ...body, ...said }, { headers: { 'Last-Event-ID': `${id}:1` } })).status,
-  ).toBe(200);
+  const said = { ...body, include: [] };
+  expect((await batches.stream(said, { headers: { 'Last-Event-ID': `${id}:1` } })).status).toBe(200);
   for (const after of ['-1', 'x', '1.5']) {
     expect((await batches.studio.json(`/api/batches/${id}/stream?after=${after}`)).status).toBe(400);
   }
@@ -165,8 +163,8 @@ describe('an Idempotency-Key', () => {
     await batches.ask(execution, single, '/api/workflows/execute/async');
     expect(await batches.ask({ ...body, items: [{ query: queries[0] }] }, single)).toMatchObject(reused);
     // The same batch, said otherwise.
-    const named = queries.map((query, index) => ({ query, item_id: String(index), chat_history: [] }));
-    const again = await elsewhere.accept({ ...body, items: named, concurrency: 50, include: [] }, key);
+    const said = queries.map((query) => ({ query, chat_history: [] }));
+    const again = await elsewhere.accept({ ...body, items: said, include: [] }, key);
     expect(again).toEqual(first);
     expect(callsOf(queries.slice(1))).toHaveLength(1);
   });

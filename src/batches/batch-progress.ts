@@ -12,10 +12,12 @@ import { isUnavailable } from '../database/unavailable.js';
 import { ChunkSerializer } from '../event-log/chunk.js';
 import type { ItemCounts } from '../event-log/chunk.js';
 import { MergedLog } from '../event-log/merged-log.js';
+import { ExecutionEnds } from '../executions/execution-ends.js';
+import { ExecutionsAdmission } from '../executions/executions.admission.js';
+import { executionLinks } from '../executions/executions.dto.js';
+import { RunningExecutions } from '../executions/running-executions.js';
 import { ExecutionQueue } from '../queue/execution-queue.js';
-import { ExecutionsAdmission } from './executions.admission.js';
-import { batchLinks, executionLinks } from './executions.dto.js';
-import { RunningExecutions } from './running-executions.js';
+import { batchLinks } from './batches.dto.js';
 
 /** How often a worker looks at the running batches: an item may have ended whose process died before it could tell. */
 const LOOK_MS = 1000;
@@ -130,7 +132,13 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
     private readonly running: RunningExecutions,
     private readonly admission: ExecutionsAdmission,
     @Inject(CONFIG) private readonly config: ServerConfig,
-  ) {}
+    ends: ExecutionEnds,
+  ) {
+    // If it fails, a worker carries the batch on when it looks next.
+    ends.handle(({ batch_id }) => {
+      if (batch_id !== null) this.advance(batch_id).catch((error: unknown) => this.report(error));
+    });
+  }
 
   onApplicationBootstrap(): void {
     if (this.config.ROLE !== 'api') this.schedule();
@@ -144,13 +152,6 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
   /** Carries a batch on as far as it can be now. Repeating it changes nothing. */
   advance(batchId: string): Promise<void> {
     return this.rounds.add(batchId);
-  }
-
-  /** An execution has ended: others may go on in its place. */
-  ended({ batch_id, deployment_id }: Execution): void {
-    this.admission.release(deployment_id);
-    // If that fails, a worker does it when it looks next.
-    if (batch_id !== null) this.advance(batch_id).catch((error: unknown) => this.report(error));
   }
 
   private async advanceAll(asked: string[]): Promise<void[]> {
