@@ -3,6 +3,7 @@ import { NestFactory } from '@nestjs/core';
 import type { NestExpressApplication } from '@nestjs/platform-express';
 import type { RequestHandler } from 'express';
 import helmet from 'helmet';
+import { serveAsyncApi } from './asyncapi.js';
 import { AppModule } from './app.module.js';
 import type { ServerConfig } from './config.js';
 import { DrainingAdapter } from './draining.adapter.js';
@@ -72,6 +73,7 @@ export async function createApp(config: ServerConfig): Promise<NestExpressApplic
   app.useGlobalFilters(new ProblemFilter());
   app.useWebSocketAdapter(new StudioWsAdapter(app));
   serveOpenApi(app);
+  serveAsyncApi(app);
   await app.init();
   return app;
 }

@@ -1,9 +1,9 @@
-import type { INestApplication } from '@nestjs/common';
+import type { INestApplication, Type } from '@nestjs/common';
 import { DocumentBuilder, SwaggerModule } from '@nestjs/swagger';
 import type { OpenAPIObject } from '@nestjs/swagger';
 
-/** The OpenAPI 3.1 document of the whole API. */
-export function createOpenApi(app: INestApplication): OpenAPIObject {
+/** The OpenAPI 3.1 document of the whole API; with the schemas of `extraModels`, which no route needs. */
+export function createOpenApi(app: INestApplication, extraModels: Type<object>[] = []): OpenAPIObject {
   const description =
     'Deploy workflows of AI agents and stream their executions. Every chunk is committed to a log before it is sent, so ' +
     'a stream can be resumed at any chunk, from any process.';
@@ -15,7 +15,7 @@ export function createOpenApi(app: INestApplication): OpenAPIObject {
     .setLicense('MIT', 'https://spdx.org/licenses/MIT.html')
     .addServer('/')
     .build();
-  return SwaggerModule.createDocument(app, base);
+  return SwaggerModule.createDocument(app, base, { extraModels });
 }
 
 /** Serves Swagger UI at `/api/docs` and the document at `/api/openapi.json`. */
