@@ -21,6 +21,7 @@ import { checkIdempotencyKeys, checkRepeatedPost } from './verify/repeated-reque
 import { checkStatusEvents } from './verify/status-events.mjs';
 import { checkProblem, UUID } from './verify/stream-rules.mjs';
 import { Verification } from './verify/verification.mjs';
+import { checkWebSocket } from './verify/websocket.mjs';
 
 const HELP = `Usage: npm run verify -- [--url http://127.0.0.1:8000]
 
@@ -61,6 +62,7 @@ async function verify(verification) {
   await checkCancel(verification);
   await checkStatusEvents(verification);
   await checkBatches(verification);
+  await checkWebSocket(verification);
   await checkRecords(verification);
   await checkStop(verification);
 }

@@ -112,6 +112,27 @@ describe('npm run verify', () => {
       [repeated, nothingMore, otherQuery, missed, badCursor, mergedResumed, mergedEnd],
       { request: without('last-event-id') },
     ],
+    [
+      'changes the text on a WebSocket',
+      ['a run over a WebSocket has the chunks of its event stream, byte for byte'],
+      {
+        rewriteWebSocket: (bytes) =>
+          Buffer.from(bytes.toString('latin1').replaceAll('offline', 'oFFline'), 'latin1'),
+      },
+    ],
+    [
+      'refuses otherwise on a WebSocket',
+      ['what a WebSocket refuses has the code and the status that it has over HTTP'],
+      {
+        rewriteWebSocket: (bytes) =>
+          Buffer.from(
+            bytes
+              .toString('latin1')
+              .replaceAll('"code":"execution_not_found"', '"code":"executiOn_not_found"'),
+            'latin1',
+          ),
+      },
+    ],
     ['ignores a cancellation', [cancelled, batchCancelled], { request: ignoreCancellation }],
     ['swaps two chunks of an item in a batch', [merged], { rewrite: swapInItem }],
     [

@@ -2,7 +2,9 @@ import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { createServer, request } from 'node:http';
 import type { IncomingHttpHeaders, IncomingMessage, ServerResponse } from 'node:http';
+import { connect } from 'node:net';
 import type { AddressInfo } from 'node:net';
+import type { Duplex } from 'node:stream';
 import { setImmediate as nextTurn } from 'node:timers/promises';
 
 const PROGRAM_TIMEOUT_MS = 50_000;
@@ -29,6 +31,8 @@ export interface StreamFault {
   /** Changes one whole event or more of a stream of status changes. */
   rewriteStatus?: (text: string) => string;
   headers?: Record<string, string>;
+  /** Changes the bytes that a WebSocket brings, without changing how many they are. */
+  rewriteWebSocket?: (bytes: Buffer) => Buffer;
 }
 
 export interface SseProxy {
@@ -72,10 +76,26 @@ export async function startSseProxy(target: string, fault: StreamFault): Promise
     });
     incoming.pipe(forwarded);
   });
+  const upgraded = new Set<Duplex>();
+  server.on('upgrade', ({ url = '', headers }: IncomingMessage, incoming: Duplex) => {
+    const { rewriteWebSocket = (bytes) => bytes } = fault;
+    const { hostname, port } = new URL(target);
+    const outgoing = connect({ host: hostname, port: Number(port) });
+    const lines = Object.entries(headers).map(([name, value]) => `${name}: ${String(value)}\r\n`);
+    outgoing.write(`GET ${url} HTTP/1.1\r\n${lines.join('')}\r\n`);
+    for (const socket of [incoming, outgoing]) {
+      upgraded.add(socket);
+      socket.on('error', () => undefined); // its other side goes, too
+      socket.on('close', () => [incoming, outgoing].forEach((each) => each.destroy()));
+    }
+    incoming.pipe(outgoing);
+    outgoing.on('data', (bytes: Buffer) => incoming.write(rewriteWebSocket(bytes)));
+  });
   server.listen(0, '127.0.0.1');
   await once(server, 'listening');
   const { port } = server.address() as AddressInfo;
   const close = async () => {
+    upgraded.forEach((socket) => socket.destroy());
     server.closeAllConnections();
     server.close();
     await once(server, 'close');
