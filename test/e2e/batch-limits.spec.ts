@@ -81,6 +81,13 @@ describe('concurrency', () => {
     await until(() => callsOf(queries).length === 4);
     const { counts } = await second.get(batch_id);
     expect([counts.running, counts.queued]).toEqual([4, 36]);
+    // Its results can be read meanwhile.
+    const results = await second.results(batch_id);
+    expect(results.map(({ status }) => status)).toEqual([
+      ...Array<string>(4).fill('running'),
+      ...Array<string>(36).fill('queued'),
+    ]);
+    for (const result of results) expect(result).not.toHaveProperty('response');
     ledger.letGo(queries[2] ?? '');
     await until(() => callsOf(queries).length >= 20);
     expect(openOf(queries.slice(0, 4))).toHaveLength(3);
@@ -114,7 +121,7 @@ describe('max_concurrency of the deployment', () => {
     const limited = await deploy({ max_concurrency: most }, 20);
     const [some, others] = [markers(8), markers(8)];
     const accepted = [
-      await first.accept({ deployment_name: limited, items: itemsOf(some), concurrency: 8 }),
+      await first.accept({ deployment_name: limited, items: itemsOf(some), concurrency: 4 }),
       await second.accept({ deployment_name: limited, items: itemsOf(others) }),
     ];
     for (const { batch_id } of accepted) {

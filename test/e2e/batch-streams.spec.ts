@@ -183,29 +183,6 @@ describe('an Idempotency-Key', () => {
   });
 });
 
-describe('connections that wait for notifications', () => {
-  it('may be cut in the middle of a batch: its streams go on at both processes', async () => {
-    const queries = queriesOf(8);
-    queries.forEach((query) => ledger.hold(query));
-    const stream = await batches.stream({ deployment_name: deployment, items: itemsOf(queries) });
-    const batchId = stream.executionId;
-    const reading = [stream.frames(), elsewhere.whole(batchId)];
-    for (const query of queries) {
-      await ledger.call(query);
-      await server.database.query(
-        `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-          WHERE datname = current_database() AND pid <> pg_backend_pid()
-            AND (query ILIKE 'listen%' OR query ILIKE '%pg_notify%')`,
-      );
-      ledger.letGo(query);
-    }
-    const [here = [], there = []] = await Promise.all(reading);
-    expect(faultsOfMerged(here, batchId)).toEqual([]);
-    expect(linesOf(there)).toEqual(linesOf(here));
-    expect(callsOf(queries)).toHaveLength(8);
-  });
-});
-
 describe('the merged log', () => {
   const age = (table: 'batch' | 'execution', batchId: string, days: number) =>
     server.database.query(
