@@ -10,6 +10,7 @@ import { CallLedger, answerOf, markerOf } from '../support/call-ledger.js';
 import { saying } from '../support/deployments.js';
 import { SlowReader } from '../support/slow-reader.js';
 import { Studio, faultsOfStream, textOf, until } from '../support/studio.js';
+import type { Frame } from '../support/studio.js';
 
 const RETENTION_DAYS = 7;
 let ledger: CallLedger;
@@ -80,6 +81,33 @@ it('a stream goes on after every event, at either process and by the repeated PO
     expect(linesOf(await repeated.frames())).toEqual(linesOf(frames.slice(index + 1)));
   }
   expect(callsOf(queries)).toHaveLength(6);
+});
+
+it('an order of many pieces is gone on with by whoever comes next, though nobody merged it in between', async () => {
+  const queries = queriesOf(4);
+  const name = await deploy(120, 10);
+  // Two of them end long before the others.
+  const short = { model: 'upstream/a~3x1' };
+  const items = queries.map((query, index) => ({
+    query,
+    ...(index < 2 ? { runtime_overrides: short } : {}),
+  }));
+  const { batch_id } = await batches.accept({ deployment_name: name, items });
+  const frames: Frame[] = [];
+  for (let visits = 0; frames.at(-1)?.chunk.item_id !== undefined || frames.length < 2; visits++) {
+    const at = visits % 2 === 0 ? batches : elsewhere;
+    frames.push(...(await (await at.follow(batch_id, frames.length)).take(20)));
+  }
+  expect(faultsOfMerged(frames, batch_id)).toEqual([]);
+  for (const [item, chunks] of byItem(frames))
+    expect(textOf(chunks)).toBe(answerOf(queries[Number(item)] ?? '', 'a', Number(item) < 2 ? 3 : 120));
+  expect(linesOf(await elsewhere.whole(batch_id))).toEqual(linesOf(frames));
+  // Some of its rows say how far each item is merged, so that nobody has to read all of them.
+  const rows = await server.database.query<{ merged: number[] | null }>(
+    'SELECT merged FROM batch_order WHERE batch_id = $1',
+    [batch_id],
+  );
+  expect(rows.filter(({ merged }) => merged !== null).length).toBeGreaterThanOrEqual(1);
 });
 
 it('an event that is not of this batch, or not there yet, is refused and runs nothing', async () => {
