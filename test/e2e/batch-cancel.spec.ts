@@ -142,7 +142,7 @@ describe('cancelling a batch', () => {
       target_agent_id: agent_id,
     }));
     const deployment = await batches.studio.deploy({ agents, connections });
-    for (let round = 0; round < 8; round++) {
+    for (let round = 0; round < 6; round++) {
       const queries = queriesOf(10);
       const items = itemsOf(queries);
       const { batch_id } = await batches.accept({ deployment_name: deployment, items, concurrency: 4 });

@@ -18,7 +18,7 @@ const ITEMS = 10;
 const DELTAS = 500;
 const DELTA_BYTES = 4096;
 /** This long is what is tested, and no wait for anything. */
-const STALL_MS = 6000;
+const STALL_MS = 4000;
 const SAMPLE_MS = 2000;
 /** What the stalled readers may make the server hold; if all that they have not read waited for them, it were 600 MB. */
 const MOST_HELD = 64 * MIB;
