@@ -13,7 +13,7 @@ import type { Frame } from '../support/studio.js';
 import { Upstream } from '../support/upstream.js';
 
 /** For each role of the second server. */
-const RUNS = 20;
+const RUNS = 25;
 /** Ends what hangs: a run, and the search for a smaller one, so that fast-check gets to say how it can be repeated. */
 const LONGEST_RUN_MS = 20_000;
 const LONGEST_SEARCH_MS = 100_000;
@@ -285,7 +285,7 @@ describe.each(['api', 'all'])('beside a server with the role %s', (role) => {
     });
     // So that it does not pass because nothing happened.
     expect(tally.completed).toBeGreaterThanOrEqual(6);
-    expect(tally.cancelled).toBeGreaterThanOrEqual(2);
+    expect(tally.cancelled).toBeGreaterThanOrEqual(4);
     expect(tally.reconnects).toBeGreaterThanOrEqual(60);
     expect(tally.left).toBeGreaterThanOrEqual(3);
     expect(tally.failedItems).toBeGreaterThanOrEqual(5);

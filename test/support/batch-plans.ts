@@ -66,7 +66,7 @@ export const batchPlans = fc.record({
   cancel: fc.option(
     fc.record({ places: fc.array(places, { minLength: 1, maxLength: 3 }), after: fc.nat(80) }),
     {
-      freq: 3,
+      freq: 2,
     },
   ),
 });
