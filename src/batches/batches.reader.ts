@@ -73,16 +73,17 @@ export class BatchesReader {
     const batch = await this.find(batchId);
     const cursor = lastEventId ? positionOf(lastEventId, batch.batch_id) : after;
     const end = await this.log.end(batch.batch_id);
-    if (batch.log_deleted_at) {
-      throw new AppError('log_expired', `The results can still be read at /api/batches/${batchId}/results.`);
-    }
     if (cursor > end.position) {
       throw new AppError(
         'invalid_cursor',
         `The stream has ${end.position} chunks so far, so it can't go on after ${cursor}.`,
       );
     }
-    return { after: cursor, ended: end.isFinal && cursor === end.position };
+    const ended = end.isFinal && cursor === end.position;
+    if (!ended && batch.log_deleted_at) {
+      throw new AppError('log_expired', `The results can still be read at /api/batches/${batchId}/results.`);
+    }
+    return { after: cursor, ended };
   }
 
   private async *pages(batchId: string): AsyncGenerator<BatchResultDto[], void, void> {

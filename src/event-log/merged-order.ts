@@ -17,8 +17,8 @@ export interface OrderRow {
 
 /** The batch's own log has two chunks: `started`, and this one, which is the last of all. */
 export const LAST_OF_BATCH = 2;
-/** The end is a row of its own, so that it can be told at a glance. */
-const END_PARTS = `0:${LAST_OF_BATCH}-${LAST_OF_BATCH}`;
+/** The end is a row of its own, so that it can be told at a glance. It is never deleted. */
+export const END_PARTS = `0:${LAST_OF_BATCH}-${LAST_OF_BATCH}`;
 
 /**
  * Whoever inserts the row that begins at a position decides what comes there, so that processes need no lock between them.

@@ -4,6 +4,7 @@ import { Pool } from 'pg';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { queryAtLength } from '../database/query-at-length.js';
+import { END_PARTS } from '../event-log/merged-order.js';
 
 /** Executions and chunks of a batch, about: a transaction of some ten milliseconds. */
 const BATCH_EXECUTIONS = 200;
@@ -38,14 +39,17 @@ const DELETE_LOGS = `
   )
   UPDATE execution SET log_deleted_at = now() FROM chosen WHERE execution.execution_id = chosen.execution_id`;
 
-/** Merged logs: the order and the batches' own chunks. The logs of the items are kept until then, so that none meets a gap. */
+/**
+ * Merged logs: the order, but for its end, and the batches' own chunks. The logs of the items are kept until then, so that no
+ * reader meets a gap.
+ */
 const DELETE_BATCHES = `
   WITH oldest AS MATERIALIZED (
     SELECT batch_id FROM batch
      WHERE log_deleted_at IS NULL AND finished_at < now() - $1 * interval '1 day'
      ORDER BY finished_at LIMIT ${BATCH_MERGED} FOR NO KEY UPDATE SKIP LOCKED
   ), ordered AS (
-    DELETE FROM batch_order WHERE batch_id IN (SELECT batch_id FROM oldest)
+    DELETE FROM batch_order WHERE batch_id IN (SELECT batch_id FROM oldest) AND parts <> '${END_PARTS}'
   ), deleted AS (
     DELETE FROM execution_chunk WHERE execution_id IN (SELECT batch_id FROM oldest)
   )

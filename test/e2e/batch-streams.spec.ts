@@ -245,13 +245,15 @@ describe('the merged log', () => {
     await expire();
     await expire();
     expect(await logsOf(batchId)).toBe(0);
-    expect(await server.database.query('SELECT 1 FROM batch_order WHERE batch_id = $1', [batchId])).toEqual(
-      [],
-    );
+    // All that is left tells how long it was.
+    const kept = 'SELECT last_position FROM batch_order WHERE batch_id = $1';
+    expect(await server.database.query(kept, [batchId])).toEqual([{ last_position: frames.length }]);
     const gone = await batches.studio.json<{ detail: string }>(`/api/batches/${batchId}/stream`);
     expect(gone).toMatchObject({ status: 410, body: { code: 'log_expired' } });
     expect(gone.body.detail).toContain(`/api/batches/${batchId}/results`);
     expect((await elsewhere.follow(batchId, 3)).status).toBe(410);
+    expect((await elsewhere.follow(batchId, frames.length)).status).toBe(204);
+    expect((await elsewhere.follow(batchId, frames.length + 1)).status).toBe(400);
     const responses = (await batches.results(batchId)).map(({ response }) => response);
     expect(responses).toEqual(results.map(({ response }) => response));
     expect(await batches.get(batchId)).toMatchObject({ status: 'completed', counts: { completed: 4 } });
