@@ -1,8 +1,8 @@
 import type { INestApplication } from '@nestjs/common';
 import type { Response } from 'express';
 import { createOpenApi } from './openapi.js';
-import { ANSWERS, REQUESTS } from './websocket/messages.js';
-import type { MessageDescription } from './websocket/messages.js';
+import { ANSWERS, REQUESTS } from './websocket/message-descriptions.js';
+import type { MessageDescription } from './websocket/message-descriptions.js';
 import { WEBSOCKET_PATH } from './websocket/websocket.dto.js';
 
 type Json = Record<string, unknown>;
@@ -75,8 +75,9 @@ export function serveAsyncApi(app: INestApplication): void {
   });
 }
 
-function messageOf(event: string, { summary, data, hasPosition = false }: MessageDescription): Json {
+function messageOf(event: string, { summary, data, oneOf, hasPosition = false }: MessageDescription): Json {
   const refs = data.map(({ name }) => ({ $ref: `#/components/schemas/${name}` }));
+  const oneMember = oneOf ? [{ oneOf: oneOf.map((name) => ({ required: [name] })) }] : [];
   const isRequest = event in REQUESTS;
   const mayBeEmpty = event === 'ping';
   return {
@@ -89,7 +90,7 @@ function messageOf(event: string, { summary, data, hasPosition = false }: Messag
         event: { const: event },
         id: ID,
         ...(hasPosition ? { after: AFTER } : {}),
-        data: refs.length === 1 ? refs[0] : { oneOf: refs },
+        data: refs.length > 1 ? { oneOf: refs } : { allOf: [...refs, ...oneMember] },
       },
       ...(isRequest ? { additionalProperties: false } : {}),
     },

@@ -1,5 +1,5 @@
 import { Transform } from 'class-transformer';
-import { ValidateBy, isISO8601, isObject } from 'class-validator';
+import { ValidateBy, ValidateIf, isISO8601, isObject } from 'class-validator';
 import type { ValidationOptions } from 'class-validator';
 
 const LONE_SURROGATE = /\p{Surrogate}/u;
@@ -51,6 +51,11 @@ export function IsMoment(options?: ValidationOptions): PropertyDecorator {
     },
     options,
   );
+}
+
+/** Lets a property be left out. With `@IsOptional()` null would pass as well, past all other checks. */
+export function MayBeAbsent(): PropertyDecorator {
+  return ValidateIf((_object, value) => value !== undefined);
 }
 
 /** Takes free-form JSON over as it came: class-transformer's own copy leaves out keys such as `toString`. */

@@ -3,12 +3,15 @@ import type { NextFunction, Request, Response } from 'express';
 import type { Config } from './config.js';
 import { AppError } from './errors.js';
 
+/** Members of one object: what checks it later takes a time that grows with their square. */
+const MOST_MEMBERS = 2000;
 /** Keys that could reach an object's prototype once the object is merged or copied (CWE-1321). */
 const FORBIDDEN_KEYS = new Set(['__proto__', 'constructor', 'prototype']);
 
 /**
  * Reads JSON bodies: `payload_too_large` beyond `MAX_BODY_BYTES`, `unsupported_media_type` for anything but JSON,
- * `validation_failed` for nesting deeper than `MAX_JSON_DEPTH` or a key that could pollute a prototype.
+ * `validation_failed` for nesting deeper than `MAX_JSON_DEPTH`, an object with very many members, or a key that could pollute
+ * a prototype.
  */
 export function useJsonBody(
   app: NestExpressApplication,
@@ -44,7 +47,11 @@ export function checkJson(body: unknown, maxDepth: number): void {
     const { value, pointer, depth } = node;
     if (typeof value !== 'object' || value === null) continue;
     if (depth === maxDepth) refuse(pointer, `is nested deeper than ${maxDepth} levels`);
-    for (const [key, child] of Object.entries(value)) {
+    const members = Object.entries(value);
+    if (!Array.isArray(value) && members.length > MOST_MEMBERS) {
+      refuse(pointer, `has more than ${MOST_MEMBERS} members`);
+    }
+    for (const [key, child] of members) {
       const at = `${pointer}/${key.replaceAll('~', '~0').replaceAll('/', '~1')}`;
       if (!Array.isArray(value) && FORBIDDEN_KEYS.has(key)) refuse(at, 'is not an allowed name');
       if (typeof child === 'object') open.push({ value: child, pointer: at, depth: depth + 1 });

@@ -81,9 +81,12 @@ function statusOf(thrown: unknown): number | undefined {
   return undefined;
 }
 
-/** All faults that class-validator found, as one `validation_failed`. */
+/** A client needs no more of them. */
+const MOST_FAULTS = 1000;
+
+/** What class-validator found, as one `validation_failed`. */
 export function validationError(errors: ValidationError[]): AppError {
-  const faults = errors.flatMap((error) => faultsOf(error, ''));
+  const faults = errors.flatMap((error) => faultsOf(error, '')).slice(0, MOST_FAULTS);
   const [first, ...others] = faults;
   const more = others.length > 0 ? ` (and ${others.length} more)` : '';
   return new AppError(

@@ -22,6 +22,8 @@ export async function* follow(
   },
 ): AsyncGenerator<LogBatch, void, void> {
   const { signal, idleMs, catchUp } = options;
+  // Readers share statements: one with a bad position would take the others with it.
+  if (!Number.isSafeInteger(after)) throw new TypeError(`${after} is no position of a log.`);
   let cursor = after;
   while (!signal.aborted && !subscription.closed) {
     let batch = subscription.take(cursor);

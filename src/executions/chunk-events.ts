@@ -42,6 +42,7 @@ function eventsOf(batch: LogBatch, position: number, id: string): MessageEvent[]
   return batch.chunks.slice(from, end).map((data, index) => ({ id: `${id}:${position + index}`, data }));
 }
 
-async function pause(ms: number, signal: AbortSignal): Promise<void> {
+/** Resolves after `ms`, or when `signal` aborts. */
+export async function pause(ms: number, signal: AbortSignal): Promise<void> {
   await sleep(ms, undefined, { signal }).catch(() => undefined); // only the abort rejects, and the caller looks at it
 }

@@ -1,5 +1,6 @@
 import { Logger } from '@nestjs/common';
 import type { Socket } from 'node:net';
+import { setTimeout as sleep } from 'node:timers/promises';
 import type { WebSocket } from 'ws';
 import { AppError } from '../errors.js';
 import type { Metrics } from '../metrics.js';
@@ -9,10 +10,14 @@ import { SocketOutput } from './socket-output.js';
 import { Subscription } from './subscription.js';
 import type { OpenedSource } from './stream-sources.js';
 import { WEBSOCKET_PATH } from './websocket.dto.js';
-import type { AnswerEvent, ClientMessage, MessageId } from './websocket.dto.js';
+import type { AnswerEvent, ClientMessage, MessageId, StreamTargetDto } from './websocket.dto.js';
 
 /** Messages of one client that are worked on at once; further ones wait in its socket. */
 const MOST_AT_ONCE = 32;
+
+/** How long the answers to messages that are at work are waited for at the end, and how often that is looked at, ms. */
+const LONGEST_ANSWER_MS = 1000;
+const LOOK_MS = 10;
 
 /** Does what a message asks for. Never rejects: what is wrong is told to the client. */
 export type MessageHandler = (message: ClientMessage) => Promise<void>;
@@ -28,14 +33,13 @@ export interface ConnectionOptions {
 
 /** A stream to be sent, and what to call when it is not sent any more. */
 export interface Follow extends OpenedSource {
-  /** Tells streams apart. */
-  key: string;
   /** The message that began it. */
   id: MessageId | undefined;
   leave?: () => void;
 }
 
 interface Followed {
+  name: StreamTargetDto;
   subscription: Subscription;
   leave: () => void;
 }
@@ -109,8 +113,8 @@ export class ClientConnection {
   }
 
   /** Throws `already_subscribed`. */
-  refuseSecond(key: string): void {
-    if (!this.followed.has(key)) return;
+  refuseSecond(name: StreamTargetDto): void {
+    if (!this.followed.has(keyOf(name))) return;
     throw new AppError(
       'already_subscribed',
       'This WebSocket follows that stream already. Its frames have the id of the message that began it; end it with "unsubscribe" first to begin it anew.',
@@ -118,19 +122,20 @@ export class ClientConnection {
   }
 
   /** Sends a stream from here on. Throws `already_subscribed`. */
-  follow({ key, id, source, after, ended, leave = () => undefined }: Follow): void {
+  follow({ id, source, after, ended, leave = () => undefined }: Follow): void {
     if (this.closed) return leave();
     try {
-      this.refuseSecond(key);
+      this.refuseSecond(source.name);
     } catch (error) {
       leave();
       throw error;
     }
     const { metrics } = this.options;
     const { output } = this;
+    const key = keyOf(source.name);
     const onEnd = () => this.unfollow(key);
     const subscription = new Subscription({ source, id, after, output, onEnd });
-    this.followed.set(key, { subscription, leave });
+    this.followed.set(key, { name: source.name, subscription, leave });
     metrics.webSocketSubscriptions.inc();
     if (ended) return subscription.end();
     subscription.run().catch((error: unknown) => {
@@ -140,16 +145,24 @@ export class ClientConnection {
     });
   }
 
-  /** Sends nothing more of a stream, if it is followed. */
-  unsubscribe(key: string): void {
-    this.followed.get(key)?.subscription.cancel();
-    this.unfollow(key);
+  /** Sends nothing more of the streams that are followed and have this name, or more of a name. */
+  unsubscribe(target: StreamTargetDto): void {
+    for (const [key, { name }] of this.followed) if (isNamed(name, target)) this.drop(key);
   }
 
   /** Ends the connection in good order, with a code of RFC 6455, section 7.4; what it follows is not read any more. */
   close(code: number, reason: string): void {
     this.leave();
     this.options.webSocket.close(code, reason);
+    if (this.options.webSocket.isPaused) this.options.webSocket.resume(); // to read the other side's answer
+  }
+
+  /** Reads no further message, and closes once those at work are answered, or after a moment. */
+  async drain(code: number, reason: string): Promise<void> {
+    this.handler = undefined;
+    const giveUp = performance.now() + LONGEST_ANSWER_MS;
+    while (this.atWork > 0 && !this.closed && performance.now() < giveUp) await sleep(LOOK_MS);
+    if (!this.closed) this.close(code, reason);
   }
 
   /** The client has gone, or is not to get anything more: frees all that it held. */
@@ -157,8 +170,13 @@ export class ClientConnection {
     if (this.closed) return;
     this.closed = true;
     this.unread.length = 0;
-    for (const key of this.followed.keys()) this.unsubscribe(key);
+    for (const key of this.followed.keys()) this.drop(key);
     this.output.close();
+  }
+
+  private drop(key: string): void {
+    this.followed.get(key)?.subscription.cancel();
+    this.unfollow(key);
   }
 
   private unfollow(key: string): void {
@@ -201,7 +219,19 @@ export class ClientConnection {
     if (stream === undefined) return work();
     const turn = (this.latest.get(stream) ?? Promise.resolve()).then(work);
     this.latest.set(stream, turn);
-    await turn;
-    if (this.latest.get(stream) === turn) this.latest.delete(stream);
+    try {
+      await turn;
+    } finally {
+      if (this.latest.get(stream) === turn) this.latest.delete(stream);
+    }
   }
+}
+
+function keyOf({ execution_id, batch_id, deployment_name, environment }: StreamTargetDto): string {
+  return JSON.stringify([execution_id, batch_id, deployment_name, environment]);
+}
+
+function isNamed(name: StreamTargetDto, target: StreamTargetDto): boolean {
+  const { environment = name.environment } = target;
+  return keyOf({ ...target, environment }) === keyOf(name);
 }

@@ -31,11 +31,10 @@ export class Connections implements BeforeApplicationShutdown {
   ) {}
 
   /** In the same phase in which streams of events end. The clients go on at another process. */
-  beforeApplicationShutdown(): void {
+  async beforeApplicationShutdown(): Promise<void> {
     this.draining = true;
-    for (const { client } of this.open) {
-      client.close(1001, 'The server shuts down. Connect again and subscribe with "after".');
-    }
+    const reason = 'The server shuts down. Connect again and subscribe with "after".';
+    await Promise.all([...this.open].map(({ client }) => client.drain(1001, reason)));
   }
 
   /** Takes over a WebSocket that was just opened. */
@@ -56,7 +55,10 @@ export class Connections implements BeforeApplicationShutdown {
       pulse.hear();
       client.output.answerPing(payload);
     });
-    webSocket.on('error', (error) => this.logger.debug({ request_id: requestId, err: error }));
+    webSocket.on('error', (error) => {
+      this.logger.debug({ request_id: requestId, err: error });
+      client.leave();
+    });
     webSocket.on('close', (code) => {
       this.remove(connection);
       const line = {

@@ -1,5 +1,6 @@
 import { AppError } from '../errors.js';
 import type { Fault } from '../errors.js';
+import { toPointer } from '../engine/validation.js';
 import { checkJson } from '../json-body.js';
 import { quoted } from '../dto.js';
 import { REQUEST_EVENTS } from './websocket.dto.js';
@@ -56,7 +57,7 @@ function membersOf(message: unknown): Members {
   const faults = Object.keys(message)
     .filter((name) => !MEMBERS.includes(name))
     .slice(0, 10)
-    .map((name) => ({ pointer: `/${name.slice(0, 100)}`, detail: 'is not a member of a message' }));
+    .map((name) => ({ pointer: toPointer('', name.slice(0, 100)), detail: 'is not a member of a message' }));
   const known = REQUEST_EVENTS.find((name) => name === event);
   if (!known) {
     const given = typeof event === 'string' ? `, and is ${quoted(event)}` : '';
@@ -64,7 +65,7 @@ function membersOf(message: unknown): Members {
   }
   const isId =
     (typeof id === 'string' && id.length <= MOST_ID_CHARACTERS) ||
-    (typeof id === 'number' && Number.isFinite(id));
+    (typeof id === 'number' && Number.isFinite(id) && Math.abs(id) <= Number.MAX_SAFE_INTEGER);
   if (id !== undefined && !isId) {
     faults.push({
       pointer: '/id',
@@ -83,5 +84,5 @@ function refusal(faults: Fault[]): AppError {
 function streamOf(event: RequestEvent, data: unknown): string | undefined {
   if (event !== 'subscribe' && event !== 'unsubscribe') return undefined;
   const { execution_id, batch_id, deployment_name } = (data ?? {}) as Record<string, unknown>;
-  return JSON.stringify([execution_id, batch_id, deployment_name]);
+  return JSON.stringify([execution_id, batch_id, deployment_name]).toLowerCase();
 }

@@ -1,8 +1,10 @@
 import type { Socket } from 'node:net';
 import type { WebSocket } from 'ws';
 
-/** A peer may be as slow as this: what was sent before a ping delays its answer, bytes a second. */
+/** A peer may be as slow as this from the beginning: what was sent before a ping delays its answer, bytes a second. */
 const SLOWEST = 256;
+/** A peer may become so many times slower than it was at its last answer. */
+const SLOWER = 16;
 
 interface Ping {
   at: number;
@@ -21,6 +23,8 @@ export class Pulse {
   private heardAt = performance.now();
   /** Bytes that the peer has read for sure. */
   private arrived = 0;
+  /** Bytes a second: as slow as it may become, after the pace that it last had. */
+  private slowest = SLOWEST;
 
   constructor(
     private readonly webSocket: WebSocket,
@@ -30,9 +34,15 @@ export class Pulse {
     webSocket.on('message', () => this.hear());
     webSocket.on('pong', () => {
       this.hear();
-      if (this.awaited) this.arrived = this.awaited.sent;
+      if (this.awaited) this.answered(this.awaited);
       this.awaited = undefined;
     });
+  }
+
+  private answered({ at, sent, ahead }: Ping): void {
+    this.arrived = sent;
+    const seconds = Math.max(1, performance.now() - at) / 1000;
+    this.slowest = Math.max(SLOWEST, ahead / seconds / SLOWER);
   }
 
   /** The peer said something. */
@@ -51,7 +61,7 @@ export class Pulse {
       return;
     }
     const silence = now - Math.max(this.awaited.at, this.heardAt);
-    const patience = this.intervalMs / 2 + (this.awaited.ahead / SLOWEST) * 1000;
+    const patience = this.intervalMs / 2 + (this.awaited.ahead / this.slowest) * 1000;
     if (silence > patience) this.webSocket.terminate();
   }
 }

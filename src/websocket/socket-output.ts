@@ -116,7 +116,8 @@ export class SocketOutput {
   }
 
   private giveTurn(): void {
-    if (this.isTaken || this.closed || this.waiting.length === 0) return;
+    const isOpen = this.webSocket.readyState === this.webSocket.OPEN;
+    if (this.isTaken || this.closed || !isOpen || this.waiting.length === 0) return;
     if (this.isBlocked) {
       this.patience ??= setTimeout(this.lostPatience, PATIENCE_MS);
       return;

@@ -1,11 +1,13 @@
-import { Inject, Injectable } from '@nestjs/common';
+import { Inject, Injectable, Logger } from '@nestjs/common';
 import { BatchesReader } from '../batches/batches.reader.js';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
+import { retryWhileUnavailable } from '../database/unavailable.js';
 import { DeploymentsService } from '../deployments/deployments.service.js';
 import { EventLog } from '../event-log/event-log.js';
 import { MergedLog } from '../event-log/merged-log.js';
 import { ExecutionsReader } from '../executions/executions.reader.js';
+import type { StreamStart } from '../executions/executions.reader.js';
 import type { StatusChange, StatusFilter, StatusSnapshot } from '../status-events/status-event.js';
 import { StatusEvents } from '../status-events/status-events.js';
 import type { StreamBatch, StreamSource } from './subscription.js';
@@ -22,6 +24,8 @@ export interface OpenedSource {
 /** Finds what clients want to follow. */
 @Injectable()
 export class StreamSources {
+  private readonly logger = new Logger(StreamSources.name);
+
   constructor(
     private readonly log: EventLog,
     private readonly reader: ExecutionsReader,
@@ -36,10 +40,10 @@ export class StreamSources {
   execution(executionId: string): StreamSource {
     return {
       event: 'chunk',
-      end: { execution_id: executionId },
+      name: { execution_id: executionId },
       intervalMs: this.config.STREAM_FLUSH_INTERVAL_MS,
       read: (after = 0, options) => this.log.read(executionId, after, options),
-      isOver: async (after) => (await this.reader.streamStart(executionId, { after })).ended,
+      isOver: (after, signal) => this.isOver(() => this.reader.streamStart(executionId, { after }), signal),
     };
   }
 
@@ -54,10 +58,11 @@ export class StreamSources {
     const { after, ended } = await this.batches.streamStart(batchId, { after: from });
     const source: StreamSource = {
       event: 'chunk',
-      end: { batch_id: batchId },
+      name: { batch_id: batchId },
       intervalMs: 0, // the merged log keeps the pace itself while it grows; what is behind that is a lot, and need not wait
       read: (position = 0, options) => this.mergedLog.read(batchId, position, options),
-      isOver: async (position) => (await this.batches.streamStart(batchId, { after: position })).ended,
+      isOver: (position, signal) =>
+        this.isOver(() => this.batches.streamStart(batchId, { after: position }), signal),
     };
     return { source, after, ended };
   }
@@ -76,7 +81,7 @@ export class StreamSources {
     };
     const source: StreamSource = {
       event: 'status',
-      end: { deployment_name: deploymentName, environment: found.environment },
+      name: { deployment_name: deploymentName, environment: found.environment },
       intervalMs: 0,
       read: (from, options) => this.changes(filter, from, options),
       isOver: () => Promise.resolve(false),
@@ -84,12 +89,21 @@ export class StreamSources {
     return { source, after, ended: false };
   }
 
+  private async isOver(start: () => Promise<StreamStart>, signal: AbortSignal): Promise<boolean> {
+    return (await this.retried(start, signal)).ended;
+  }
+
+  /** A stream that is followed stays, while the database is away. */
+  private retried<Result>(work: () => Promise<Result>, signal: AbortSignal): Promise<Result> {
+    return retryWhileUnavailable(work, { signal, onRetry: (error) => this.logger.debug(error) });
+  }
+
   private async *changes(
     filter: StatusFilter,
     after: number | undefined,
     { signal, idleMs = this.config.HEARTBEAT_INTERVAL_MS }: { signal: AbortSignal; idleMs?: number },
   ): AsyncGenerator<StreamBatch, void, void> {
-    const start = await this.statuses.begin(filter, after);
+    const start = await this.retried(() => this.statuses.begin(filter, after), signal);
     if (typeof start !== 'number') yield batchOf([start]);
     const cursor = typeof start === 'number' ? start : start.sequence;
     for await (const changes of this.statuses.read(filter, cursor, { signal, idleMs }))

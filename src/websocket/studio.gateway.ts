@@ -48,7 +48,7 @@ export class StudioGateway {
           ? { source: this.sources.execution(execution_id), after: 0, ended: false }
           : await this.sources.openExecution(execution_id, 0);
       client.answer(id, 'accepted', ExecutionAcceptedDto.from(accepted));
-      this.follow(client, { execution_id }, { id, opened });
+      this.follow(client, { id, opened });
     } finally {
       giveBack();
     }
@@ -62,19 +62,22 @@ export class StudioGateway {
     @MessageBody('id') id?: MessageId,
   ): Promise<void> {
     const target = targetOf(wanted);
-    client.refuseSecond(keyOf(target));
+    if (wanted.status && !target.deployment_name) refuse('/status', 'goes with deployment_name only');
     const giveBack = client.reserve();
     try {
       const opened = await this.open(target, wanted);
-      client.refuseSecond(keyOf(target));
-      client.answer(id, 'subscribed', { ...target, after: opened.after });
-      this.follow(client, target, { id, opened });
+      client.refuseSecond(opened.source.name);
+      client.answer(id, 'subscribed', { ...opened.source.name, after: opened.after });
+      this.follow(client, { id, opened });
     } finally {
       giveBack();
     }
   }
 
-  /** Ends a stream. One that is not followed, as it has just come to its end, is no error. */
+  /**
+   * Ends a stream; of a deployment whose environment is not named, those of all environments. One that is not followed, as it
+   * has just come to its end, is no error.
+   */
   @SubscribeMessage('unsubscribe')
   unsubscribe(
     @ConnectedSocket() client: ClientConnection,
@@ -82,7 +85,7 @@ export class StudioGateway {
     @MessageBody('id') id?: MessageId,
   ): void {
     const target = targetOf(wanted);
-    client.unsubscribe(keyOf(target));
+    client.unsubscribe(target);
     client.answer(id, 'unsubscribed', target);
   }
 
@@ -121,12 +124,11 @@ export class StudioGateway {
 
   private follow(
     client: ClientConnection,
-    target: StreamTargetDto,
     { id, opened }: { id: MessageId | undefined; opened: OpenedSource },
   ): void {
-    const leave =
-      target.execution_id === undefined ? undefined : this.subscribers.follow(target.execution_id);
-    client.follow({ key: keyOf(target), id, leave, ...opened });
+    const { execution_id } = opened.source.name;
+    const leave = execution_id === undefined ? undefined : this.subscribers.follow(execution_id);
+    client.follow({ id, leave, ...opened });
   }
 }
 
@@ -159,8 +161,4 @@ function refuse(pointer: string, detail: string): never {
       faults: [{ pointer, detail }],
     },
   );
-}
-
-function keyOf({ execution_id, batch_id, deployment_name, environment }: StreamTargetDto): string {
-  return JSON.stringify([execution_id, batch_id, deployment_name, environment]);
 }

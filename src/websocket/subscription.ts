@@ -1,10 +1,12 @@
-import { setTimeout as sleep } from 'node:timers/promises';
 import type { LogBatch } from '../event-log/event-log.js';
-import { MOST_CHARACTERS } from '../executions/chunk-events.js';
+import { MOST_CHARACTERS, pause } from '../executions/chunk-events.js';
 import type { EndTurn, SocketOutput } from './socket-output.js';
+import type { StreamTargetDto } from './websocket.dto.js';
 
 /** How long a stream that reads again what it put down may keep the others waiting, ms: a crash of PostgreSQL may have taken it. */
 const LONGEST_TURN_MS = 1000;
+/** Before a stream that broke off is read again, ms. */
+const BROKEN_OFF_MS = 1000;
 
 /** Consecutive items of a stream, each a line of JSON. Their positions count up from `first` where `positions` does not give them. */
 export type StreamBatch = Pick<LogBatch, 'first' | 'chunks' | 'terminal'> & { positions?: number[] };
@@ -13,8 +15,8 @@ export type StreamBatch = Pick<LogBatch, 'first' | 'chunks' | 'terminal'> & { po
 export interface StreamSource {
   /** The event of its frames. */
   readonly event: 'chunk' | 'status';
-  /** What its last frame says. */
-  readonly end: object;
+  /** Which stream it is, as answers and its last frame say. */
+  readonly name: StreamTargetDto;
   /** Least time between two pieces, ms. */
   readonly intervalMs: number;
   /**
@@ -26,8 +28,8 @@ export interface StreamSource {
     after: number | undefined,
     options: { signal: AbortSignal; idleMs?: number },
   ): AsyncGenerator<StreamBatch, void, void>;
-  /** Why {@link read} returned early: resolves true if nothing comes after this position, rejects with what is wrong. */
-  isOver(after: number | undefined): Promise<boolean>;
+  /** Why {@link read} returned early: resolves true if nothing comes after this position, rejects with what is wrong, and when `signal` aborts. */
+  isOver(after: number | undefined, signal: AbortSignal): Promise<boolean>;
 }
 
 /** What a stream needs to know to be sent. */
@@ -66,15 +68,16 @@ export class Subscription {
     const { source, output } = this.options;
     const { signal } = this.stop;
     let turn: EndTurn | undefined;
-    while (!signal.aborted) {
+    for (;;) {
       const outcome = await this.read(turn);
       turn = undefined;
       if (outcome === 'ended' || signal.aborted) return;
       if (outcome === 'parked') {
         await this.pace();
         turn = await output.turn(signal);
-      } else if (await source.isOver(this.position)) {
-        return this.end();
+      } else if (outcome === 'broken off') {
+        if (await source.isOver(this.position, signal)) return this.end();
+        await pause(BROKEN_OFF_MS, signal);
       }
     }
   }
@@ -87,7 +90,7 @@ export class Subscription {
   }
 
   /** Reads and sends until the end, or until the socket stays full. What it then has in hand is read again later. */
-  private async read(turn: EndTurn | undefined): Promise<'ended' | 'parked' | 'broken off'> {
+  private async read(turn: EndTurn | undefined): Promise<'ended' | 'parked' | 'quiet' | 'broken off'> {
     const { source, output } = this.options;
     const { signal } = this.stop;
     let endTurn = turn;
@@ -106,8 +109,8 @@ export class Subscription {
           endTurn = undefined;
         }
         if (batch.terminal) return 'ended';
-        endTurn?.(); // nothing came
-        endTurn = undefined;
+        // Nothing came in its turn: it waits without one.
+        if (batch.chunks.length === 0 && turn) return 'quiet';
       }
       return 'broken off';
     } finally {
@@ -136,13 +139,12 @@ export class Subscription {
   }
 
   private endFrame(): string {
-    return JSON.stringify({ event: 'end', id: this.options.id, data: this.options.source.end });
+    return JSON.stringify({ event: 'end', id: this.options.id, data: this.options.source.name });
   }
 
   private async pace(): Promise<void> {
     const early = this.sentAt + this.options.source.intervalMs - performance.now();
-    if (early < 1) return;
-    await sleep(early, undefined, { signal: this.stop.signal }).catch(() => undefined); // only the abort rejects, and the caller looks at it
+    if (early >= 1) await pause(early, this.stop.signal);
   }
 }
 

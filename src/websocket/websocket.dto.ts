@@ -1,7 +1,7 @@
 import { ApiProperty, ApiPropertyOptional, PickType } from '@nestjs/swagger';
-import { IsIn, IsInt, IsOptional, IsString, Max, MaxLength, Min } from 'class-validator';
+import { IsArray, IsIn, IsInt, IsString, Max, MaxLength, Min } from 'class-validator';
 import { EXECUTION_STATUSES } from '../database/entities/execution.entity.js';
-import { IsStorableText } from '../dto.js';
+import { IsStorableText, MayBeAbsent } from '../dto.js';
 import { ExecuteDto } from '../executions/executions.dto.js';
 import { ProblemDto } from '../problem.dto.js';
 
@@ -40,7 +40,7 @@ export interface ClientMessage {
 /** `data` of `execute`: the body of `POST /api/workflows/execute/stream`, and its `Idempotency-Key`. */
 export class ExecuteMessageDto extends ExecuteDto {
   /** The same key and data get the same execution, which runs once: 1 to 255 printable ASCII characters, such as a UUID */
-  @IsOptional()
+  @MayBeAbsent()
   @IsString()
   idempotency_key?: string;
 }
@@ -48,26 +48,26 @@ export class ExecuteMessageDto extends ExecuteDto {
 /** One of them says which stream is meant. */
 export class StreamTargetDto {
   /** An execution: its chunks */
-  @IsOptional()
+  @MayBeAbsent()
   @IsString()
   @IsStorableText()
   execution_id?: string;
 
   /** A batch: the chunks of all its items */
-  @IsOptional()
+  @MayBeAbsent()
   @IsString()
   @IsStorableText()
   batch_id?: string;
 
   /** A deployment: its status and that of its executions */
-  @IsOptional()
+  @MayBeAbsent()
   @IsString()
   @MaxLength(200)
   @IsStorableText()
   deployment_name?: string;
 
   /** With `deployment_name`, where several environments have it: which one. Without it `production` comes first */
-  @IsOptional()
+  @MayBeAbsent()
   @IsString()
   @MaxLength(200)
   @IsStorableText()
@@ -77,14 +77,16 @@ export class StreamTargetDto {
 /** `data` of `subscribe`. */
 export class SubscribeDto extends StreamTargetDto {
   /** `after` of the last frame that the client has; without it a stream begins at its beginning, that of a deployment with a snapshot */
-  @IsOptional()
+  @MayBeAbsent()
   @IsInt()
   @Min(0)
   @Max(Number.MAX_SAFE_INTEGER)
+  @ApiProperty({ type: 'integer', minimum: 0, required: false })
   after?: number;
 
   /** With `deployment_name`: only changes of executions to one of these */
-  @IsOptional()
+  @MayBeAbsent()
+  @IsArray()
   @IsIn(EXECUTION_STATUSES, { each: true })
   @ApiProperty({ type: 'array', items: { type: 'string', enum: [...EXECUTION_STATUSES] }, required: false })
   status?: (typeof EXECUTION_STATUSES)[number][];
@@ -101,7 +103,8 @@ export class PingDto {}
 
 /** `data` of `subscribed`. */
 export class SubscribedDto extends StreamTargetDto {
-  /** Where the stream goes on: its first frame comes after this position. Absent where a snapshot comes first */
+  /** As it was asked for; of an execution or a batch 0 where it was not. Changes after it that are not kept any more come as a snapshot */
+  @ApiProperty({ type: 'integer', minimum: 0, required: false })
   after?: number;
 }
 

@@ -56,6 +56,10 @@ const graphOf = (agents: number, connections: Pair[]) => ({
   },
 });
 
+/** Many members, none of which is known: what checks them compares each with each. */
+const crowded = (members: number) =>
+  Object.fromEntries(Array.from({ length: members }, (_, index) => [`k${index}`, 1]));
+
 const nested = (depth: number) => '{"a":'.repeat(depth) + '1' + '}'.repeat(depth);
 
 describe('a request that wants to break the server gets a 4xx that names the fault', () => {
@@ -98,6 +102,19 @@ describe('a request that wants to break the server gets a 4xx that names the fau
           detail: expect.stringContaining('nested deeper'),
         });
       }
+    }
+  });
+
+  it('with an object of so many members that nobody could check them in time', async () => {
+    const most = crowded(2000);
+    expect((await post('/api/workflows', workflow('roomy', most))).status).toBe(201);
+    for (const [body, pointer] of [
+      [crowded(75_000), ''],
+      [workflow('crowded', { ...most, more: 1 }), '/configuration/metadata'],
+    ] as const) {
+      const { status, body: problem } = await post('/api/workflows', body);
+      expect([status, problem.code]).toEqual([400, 'validation_failed']);
+      expect(problem.errors).toEqual([{ pointer, detail: 'has more than 2000 members' }]);
     }
   });
 

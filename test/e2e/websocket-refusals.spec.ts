@@ -119,6 +119,53 @@ describe('what is refused', () => {
       code: 'validation_failed',
       pointer: '/environment',
     },
+    // What a client sends for what it does not have is no position and no name.
+    {
+      event: 'subscribe',
+      data: { execution_id: 'EXECUTION', after: null },
+      code: 'validation_failed',
+      pointer: '/after',
+    },
+    { event: 'subscribe', data: { execution_id: null }, code: 'validation_failed', pointer: '/execution_id' },
+    { event: 'subscribe', data: { batch_id: null }, code: 'validation_failed', pointer: '/batch_id' },
+    {
+      event: 'subscribe',
+      data: { deployment_name: null },
+      code: 'validation_failed',
+      pointer: '/deployment_name',
+    },
+    {
+      event: 'subscribe',
+      data: { deployment_name: 'DEPLOYMENT', environment: null },
+      code: 'validation_failed',
+      pointer: '/environment',
+    },
+    {
+      event: 'subscribe',
+      data: { deployment_name: 'DEPLOYMENT', status: null },
+      code: 'validation_failed',
+      pointer: '/status',
+    },
+    { event: 'unsubscribe', data: { batch_id: null }, code: 'validation_failed', pointer: '/batch_id' },
+    { event: 'cancel', data: { execution_id: null }, code: 'validation_failed', pointer: '/execution_id' },
+    {
+      event: 'execute',
+      data: { ...run, idempotency_key: null },
+      code: 'validation_failed',
+      pointer: '/idempotency_key',
+    },
+    {
+      event: 'subscribe',
+      data: { deployment_name: 'DEPLOYMENT', status: 'completed' },
+      code: 'validation_failed',
+      pointer: '/status',
+    },
+    {
+      event: 'subscribe',
+      data: { execution_id: 'EXECUTION', status: ['completed'] },
+      code: 'validation_failed',
+      pointer: '/status',
+    },
     { event: 'unsubscribe', data: {}, code: 'validation_failed', pointer: '' },
     {
       event: 'cancel',
@@ -204,5 +251,32 @@ describe('what is refused', () => {
       await waiting.close();
       await full.close();
     }
+  });
+});
+
+describe('a stream that was named otherwise', () => {
+  const quiet = { status: ['cancelled'] };
+
+  it('is the same one: a deployment with and without its environment', async () => {
+    const named = { deployment_name: deployment, environment: 'production' };
+    const subscribed = await client.ask('subscribe', { deployment_name: deployment, ...quiet });
+    expect(subscribed).toMatchObject({ event: 'subscribed', data: named });
+    expect(await client.ask('subscribe', { ...named, ...quiet })).toMatchObject({
+      data: { code: 'already_subscribed' },
+    });
+    for (const name of [named, { deployment_name: deployment }]) {
+      expect((await client.ask('unsubscribe', name)).event).toBe('unsubscribed');
+      expect((await client.ask('subscribe', { ...named, ...quiet })).event).toBe('subscribed');
+    }
+    expect((await client.ask('unsubscribe', named)).event).toBe('unsubscribed');
+  });
+
+  it('is ended after it was begun, in whatever case its id is written', async () => {
+    const id = client.send('subscribe', { execution_id: executionId.toUpperCase() });
+    const end = client.send('unsubscribe', { execution_id: executionId });
+    await client.answer((answer) => answer.id === end);
+    await client.ask('ping');
+    const events = client.answers.filter((answer) => answer.id === id || answer.id === end);
+    expect(events.at(-1)?.event).toBe('unsubscribed');
   });
 });

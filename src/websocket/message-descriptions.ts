@@ -19,6 +19,8 @@ import type { AnswerEvent, RequestEvent } from './websocket.dto.js';
 export interface MessageDescription {
   summary: string;
   data: Type<object>[];
+  /** Members of `data` of which there is exactly one. */
+  oneOf?: string[];
   /** The message always has an `after`. */
   hasPosition?: boolean;
 }
@@ -29,9 +31,18 @@ export const REQUESTS: Record<RequestEvent, MessageDescription> = {
   subscribe: {
     summary: 'Follow an execution, a batch or the status of a deployment, from any position',
     data: [SubscribeDto],
+    oneOf: ['execution_id', 'batch_id', 'deployment_name'],
   },
-  unsubscribe: { summary: 'Follow it no longer; it goes on', data: [UnsubscribeDto] },
-  cancel: { summary: 'Cancel an execution or a batch', data: [CancelDto] },
+  unsubscribe: {
+    summary: 'Follow it no longer; it goes on',
+    data: [UnsubscribeDto],
+    oneOf: ['execution_id', 'batch_id', 'deployment_name'],
+  },
+  cancel: {
+    summary: 'Cancel an execution or a batch',
+    data: [CancelDto],
+    oneOf: ['execution_id', 'batch_id'],
+  },
   ping: { summary: 'Ask for an answer', data: [PingDto] },
 };
 
