@@ -1,7 +1,6 @@
 import { Inject, Injectable } from '@nestjs/common';
 import type { MessageEvent } from '@nestjs/common';
 import type { Response } from 'express';
-import { EMPTY } from 'rxjs';
 import type { Observable } from 'rxjs';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
@@ -9,7 +8,7 @@ import { MergedLog } from '../event-log/merged-log.js';
 import { chunkEvents } from '../executions/chunk-events.js';
 import { parseEventId } from '../executions/executions.reader.js';
 import { Metrics } from '../metrics.js';
-import { eventStream } from '../sse/event-stream.js';
+import { eventStream, noMoreEvents } from '../sse/event-stream.js';
 import { BatchesAcceptance } from './batches.acceptance.js';
 import { batchLinks } from './batches.dto.js';
 import type { ExecuteBatchDto } from './batches.dto.js';
@@ -52,11 +51,7 @@ export class BatchStreams {
     { response, ...from }: { after?: number; lastEventId?: string; response: Response },
   ): Promise<Observable<MessageEvent>> {
     const { after, ended } = await this.reader.streamStart(batchId, from);
-    if (ended) {
-      // Tells an EventSource not to come again (HTML standard, section 9.2.3).
-      response.status(204).end();
-      return EMPTY;
-    }
+    if (ended) return noMoreEvents(response);
     const id = batchId.toLowerCase();
     const idleMs = this.config.HEARTBEAT_INTERVAL_MS;
     return eventStream(response, {

@@ -8,7 +8,7 @@ import { Execution } from '../database/entities/execution.entity.js';
 import { AppError } from '../errors.js';
 import { toJson } from '../event-log/chunk.js';
 import { MergedLog } from '../event-log/merged-log.js';
-import { parseEventId } from '../executions/executions.reader.js';
+import { cursorOf } from '../executions/executions.reader.js';
 import type { StreamStart } from '../executions/executions.reader.js';
 import { countOf } from './batch-progress.js';
 import { BatchDto, BatchResultDto } from './batches.dto.js';
@@ -66,19 +66,10 @@ export class BatchesReader {
    * Checks where a client wants to go on in the merged stream, as the executions' streams do: `lastEventId` is the
    * `<batch_id>:<position>` of an event, and wins over `after`. Rejects with `batch_not_found`, `invalid_cursor` or `log_expired`.
    */
-  async streamStart(
-    batchId: string,
-    { lastEventId, after = 0 }: { lastEventId?: string; after?: number },
-  ): Promise<StreamStart> {
+  async streamStart(batchId: string, from: { lastEventId?: string; after?: number }): Promise<StreamStart> {
     const batch = await this.find(batchId);
-    const cursor = lastEventId ? positionOf(lastEventId, batch.batch_id) : after;
     const end = await this.log.end(batch.batch_id);
-    if (cursor > end.position) {
-      throw new AppError(
-        'invalid_cursor',
-        `The stream has ${end.position} chunks so far, so it can't go on after ${cursor}.`,
-      );
-    }
+    const cursor = cursorOf(from, { id: batch.batch_id, end: end.position });
     const ended = end.isFinal && cursor === end.position;
     if (!ended && batch.log_deleted_at) {
       throw new AppError('log_expired', `The results can still be read at /api/batches/${batchId}/results.`);
@@ -102,10 +93,4 @@ export class BatchesReader {
     });
     return rows.map((row) => BatchResultDto.from(row));
   }
-}
-
-function positionOf(eventId: string, batchId: string): number {
-  const event = parseEventId(eventId);
-  if (event.id === batchId) return event.position;
-  throw new AppError('invalid_cursor', 'Last-Event-ID belongs to another stream.');
 }

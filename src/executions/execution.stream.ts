@@ -1,13 +1,12 @@
 import { Inject, Injectable } from '@nestjs/common';
 import type { MessageEvent } from '@nestjs/common';
 import type { Response } from 'express';
-import { EMPTY } from 'rxjs';
 import type { Observable } from 'rxjs';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { EventLog } from '../event-log/event-log.js';
 import { Metrics } from '../metrics.js';
-import { eventStream } from '../sse/event-stream.js';
+import { eventStream, noMoreEvents } from '../sse/event-stream.js';
 import { chunkEvents } from './chunk-events.js';
 import { ExecutionsAcceptance } from './executions.acceptance.js';
 import type { ExecuteDto } from './executions.dto.js';
@@ -64,10 +63,8 @@ export class ExecutionStreams {
     { response, ...from }: { after?: number; lastEventId?: string; response: Response },
   ): Promise<Observable<MessageEvent>> {
     const { after, ended } = await this.reader.streamStart(executionId, from);
-    if (!ended) return this.open({ execution_id: executionId.toLowerCase(), after, response });
-    // Tells an EventSource not to come again (HTML standard, section 9.2.3).
-    response.status(204).end();
-    return EMPTY;
+    if (ended) return noMoreEvents(response);
+    return this.open({ execution_id: executionId.toLowerCase(), after, response });
   }
 
   private open({ response, ...from }: StreamRequest): Observable<MessageEvent> {

@@ -134,19 +134,13 @@ export class ExecutionsReader {
    */
   async streamStart(
     executionId: string,
-    { lastEventId, after = 0 }: { lastEventId?: string; after?: number },
+    from: { lastEventId?: string; after?: number },
   ): Promise<StreamStart> {
     if (!isUuid(executionId)) notFound();
     const { rows } = await this.pool.query<Position>({ ...POSITION, values: [executionId] });
     const position = rows[0] ?? notFound();
-    const cursor = lastEventId ? sequenceOf(lastEventId, executionId) : after;
     const end = position.last_sequence ?? position.stored_sequence ?? 0;
-    if (cursor > end) {
-      throw new AppError(
-        'invalid_cursor',
-        `The stream has ${end} chunks so far, so it can't go on after ${cursor}.`,
-      );
-    }
+    const cursor = cursorOf(from, { id: executionId.toLowerCase(), end });
     const ended = position.last_sequence !== null && cursor === position.last_sequence;
     if (!ended && position.last_sequence !== null && position.stored_sequence === null) {
       throw new AppError('log_expired', `The result can still be read at /api/executions/${executionId}.`);
@@ -155,10 +149,18 @@ export class ExecutionsReader {
   }
 }
 
-function sequenceOf(eventId: string, executionId: string): number {
-  const event = parseEventId(eventId);
-  if (event.id === executionId.toLowerCase()) return event.position;
-  throw new AppError('invalid_cursor', 'Last-Event-ID belongs to another execution.');
+/** Where a client goes on in the stream `id`, which has `end` chunks so far. Throws `invalid_cursor`. */
+export function cursorOf(
+  { lastEventId, after = 0 }: { lastEventId?: string; after?: number },
+  { id, end }: { id: string; end: number },
+): number {
+  const event = lastEventId ? parseEventId(lastEventId) : { id, position: after };
+  if (event.id !== id) throw new AppError('invalid_cursor', 'Last-Event-ID belongs to another stream.');
+  if (event.position <= end) return event.position;
+  throw new AppError(
+    'invalid_cursor',
+    `The stream has ${end} chunks so far, so it can't go on after ${event.position}.`,
+  );
 }
 
 /** The id of an event of a stream: which stream it is of, and where it is in it. Throws `invalid_cursor`. */

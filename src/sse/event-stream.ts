@@ -1,7 +1,7 @@
 import { Logger } from '@nestjs/common';
 import type { MessageEvent } from '@nestjs/common';
 import type { Response } from 'express';
-import { Observable } from 'rxjs';
+import { EMPTY, Observable } from 'rxjs';
 import type { Subscriber } from 'rxjs';
 import type { Metrics } from '../metrics.js';
 import { FrameOutput } from './frame-output.js';
@@ -40,6 +40,12 @@ export function eventStream(
       .finally(() => metrics.openStreams.dec());
     return () => gone.abort();
   });
+}
+
+/** Answers a client that has all of a stream: 204 tells an EventSource not to come again (HTML standard, section 9.2.3). */
+export function noMoreEvents(response: Response): Observable<MessageEvent> {
+  response.status(204).end();
+  return EMPTY;
 }
 
 async function send(
