@@ -108,6 +108,13 @@ function configuration({
           proxy_pass ${target};
           proxy_read_timeout ${readTimeout};
         }
+        location /api/ws {
+          proxy_pass ${target};
+          proxy_http_version 1.1;
+          proxy_set_header Upgrade $http_upgrade;
+          proxy_set_header Connection upgrade;
+          proxy_read_timeout ${readTimeout};
+        }
       }
     }
   `;
