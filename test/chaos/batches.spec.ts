@@ -103,7 +103,8 @@ async function expectItems(
     if (failing.includes(index)) expect(whole.startsWith(said)).toBe(true);
     else expect(said).toBe(whole);
     const calls = chaos.ledger.of(query).length;
-    expect(calls).toBeGreaterThanOrEqual(1);
+    // One whose worker died before the call can meet its time limit instead.
+    expect(calls).toBeGreaterThanOrEqual(failing.includes(index) ? 0 : 1);
     expect(calls).toBeLessThanOrEqual(rows.get(ids[index] ?? '')?.attempt ?? 0);
   });
 }
