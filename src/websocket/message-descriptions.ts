@@ -1,13 +1,15 @@
 import type { Type } from '@nestjs/common';
 import { BatchDto } from '../batches/batches.dto.js';
 import { ExecutionAcceptedDto, ExecutionDto } from '../executions/executions.dto.js';
-import { ChunkDto, StatusChangeDto, StatusSnapshotDto } from './stream.dto.js';
 import {
   CancelDto,
+  ChunkDto,
   ExecuteMessageDto,
   MessageProblemDto,
   PingDto,
   PongDto,
+  StatusChangeDto,
+  StatusSnapshotDto,
   StreamNameDto,
   SubscribeDto,
   SubscribedDto,
