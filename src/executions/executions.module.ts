@@ -47,7 +47,6 @@ import { Subscribers } from './subscribers.js';
   ],
   exports: [
     ExecutionEnds,
-    ExecutionStreams,
     ExecutionsAcceptance,
     ExecutionsAdmission,
     ExecutionsReader,
