@@ -8,6 +8,7 @@ import type { Batch } from '../database/entities/batch.entity.js';
 import type { Execution } from '../database/entities/execution.entity.js';
 import { exclusively } from '../database/exclusively.js';
 import { GroupCommit } from '../database/group-commit.js';
+import { LOCKS } from '../database/locks.js';
 import { isUnavailable } from '../database/unavailable.js';
 import { ChunkSerializer } from '../event-log/chunk.js';
 import type { ItemCounts } from '../event-log/chunk.js';
@@ -16,17 +17,16 @@ import { ExecutionEnds } from '../executions/execution-ends.js';
 import { ExecutionsAdmission } from '../executions/executions.admission.js';
 import { executionLinks } from '../executions/executions.dto.js';
 import { RunningExecutions } from '../executions/running-executions.js';
+import { IS_ERROR, IS_QUEUED, IS_RUNNING, IS_UNFINISHED, isUnbegun } from '../executions/status.js';
 import { ExecutionQueue } from '../queue/execution-queue.js';
 import { batchLinks } from './batches.dto.js';
 
 /** How often a worker looks at the running batches: an item may have ended whose process died before it could tell. */
 const LOOK_MS = 1000;
-/** One process at a time: whoever counts has to see what the one before let go. */
-const BATCH_LOCK = 7_061_923_421;
 
 /** Whether nothing of a batch may begin any more, because an item failed. */
 const IS_STOPPED = `on_item_error = 'stop' AND EXISTS (
-                 SELECT 1 FROM execution WHERE execution.batch_id = batch.batch_id AND execution.status = 'error')`;
+                 SELECT 1 FROM execution WHERE execution.batch_id = batch.batch_id AND execution.status ${IS_ERROR})`;
 
 /**
  * Requests the cancellation of items: of all unfinished ones of a batch that is to be cancelled, and, where nothing is to
@@ -37,12 +37,12 @@ const STOP = {
   text: `
     WITH stopping AS MATERIALIZED (
       SELECT batch_id, cancel_requested_at IS NOT NULL AS entirely FROM batch
-       WHERE batch_id = ANY ($1::uuid[]) AND status = 'running'
+       WHERE batch_id = ANY ($1::uuid[]) AND status ${IS_RUNNING}
          AND (cancel_requested_at IS NOT NULL OR ${IS_STOPPED})
     ), chosen AS (
       SELECT execution_id FROM stopping JOIN execution USING (batch_id)
-       WHERE status IN ('queued', 'running')
-         AND (status = 'queued' AND attempt = 0 OR entirely AND execution.cancel_requested_at IS NULL)
+       WHERE status ${IS_UNFINISHED}
+         AND (status ${IS_QUEUED} AND attempt = 0 OR entirely AND execution.cancel_requested_at IS NULL)
          FOR NO KEY UPDATE OF execution SKIP LOCKED)
     UPDATE execution SET cancel_requested_at = coalesce(cancel_requested_at, now())
       FROM chosen WHERE execution.execution_id = chosen.execution_id
@@ -59,13 +59,13 @@ const LET_GO = {
     WITH room AS MATERIALIZED (
       SELECT batch_id, greatest(0, concurrency - (
                SELECT count(*) FROM execution
-                WHERE execution.batch_id = batch.batch_id AND NOT held AND execution.status IN ('queued', 'running'))) AS places
+                WHERE execution.batch_id = batch.batch_id AND NOT held AND execution.status ${IS_UNFINISHED})) AS places
         FROM batch
-       WHERE batch_id = ANY ($1::uuid[]) AND status = 'running' AND cancel_requested_at IS NULL AND NOT (${IS_STOPPED})
+       WHERE batch_id = ANY ($1::uuid[]) AND status ${IS_RUNNING} AND cancel_requested_at IS NULL AND NOT (${IS_STOPPED})
     ), chosen AS (
       SELECT next.execution_id FROM room CROSS JOIN LATERAL (
         SELECT execution_id FROM execution
-         WHERE execution.batch_id = room.batch_id AND held AND status = 'queued' AND cancel_requested_at IS NULL
+         WHERE execution.batch_id = room.batch_id AND held AND status ${IS_QUEUED} AND cancel_requested_at IS NULL
          ORDER BY batch_index LIMIT room.places FOR NO KEY UPDATE SKIP LOCKED) AS next
     )
     UPDATE execution
@@ -82,9 +82,9 @@ const DONE = {
   name: 'batch-done',
   text: `
     SELECT * FROM batch
-     WHERE batch_id = ANY ($1::uuid[]) AND status = 'running'
+     WHERE batch_id = ANY ($1::uuid[]) AND status ${IS_RUNNING}
        AND NOT EXISTS (SELECT 1 FROM execution
-                        WHERE execution.batch_id = batch.batch_id AND execution.status IN ('queued', 'running'))
+                        WHERE execution.batch_id = batch.batch_id AND execution.status ${IS_UNFINISHED})
        FOR NO KEY UPDATE`,
 };
 
@@ -109,8 +109,8 @@ const DUE = {
   text: `
     SELECT batch_id FROM batch CROSS JOIN LATERAL (
              SELECT count(*) AS unfinished, count(*) FILTER (WHERE NOT held) AS let_go FROM execution
-              WHERE execution.batch_id = batch.batch_id AND execution.status IN ('queued', 'running')) AS items
-     WHERE status = 'running'
+              WHERE execution.batch_id = batch.batch_id AND execution.status ${IS_UNFINISHED}) AS items
+     WHERE status ${IS_RUNNING}
        AND (cancel_requested_at IS NOT NULL OR ${IS_STOPPED} OR unfinished = 0 OR let_go < least(concurrency, unfinished))`,
 };
 
@@ -157,7 +157,7 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
   private async advanceAll(asked: string[]): Promise<void[]> {
     let batchIds = [...new Set(asked)];
     while (batchIds.length > 0) {
-      const { stopped, released, finished } = await exclusively(this.pool, BATCH_LOCK, (client) =>
+      const { stopped, released, finished } = await exclusively(this.pool, LOCKS.batch, (client) =>
         this.advanceOnce(client, batchIds),
       );
       finished.forEach(({ batch_id }) => this.log.ended(batch_id));
@@ -190,7 +190,7 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
 
   /** Ends what no worker has taken up; the others are told. @returns the batches that may go on after it */
   private async endUnbegun(stopped: Execution[]): Promise<string[]> {
-    const unbegun = stopped.filter(({ status, attempt }) => status === 'queued' && attempt === 0);
+    const unbegun = stopped.filter(isUnbegun);
     const begun = stopped.filter((item) => !unbegun.includes(item));
     this.running.cancel(begun.map(({ execution_id }) => execution_id));
     await Promise.all(unbegun.map((item) => this.running.end(item, 1, { status: 'cancelled' })));

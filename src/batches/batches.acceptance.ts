@@ -16,6 +16,7 @@ import type { Fault } from '../errors.js';
 import { ChunkSerializer } from '../event-log/chunk.js';
 import { ExecutionsAcceptance, canonical, inputOf, refuseKey } from '../executions/executions.acceptance.js';
 import { ExecutionsAdmission } from '../executions/executions.admission.js';
+import { QUEUED, RUNNING } from '../executions/status.js';
 import { Metrics } from '../metrics.js';
 import { ExecutionQueue } from '../queue/execution-queue.js';
 import { DEFAULT_CONCURRENCY, batchLinks } from './batches.dto.js';
@@ -35,14 +36,14 @@ const ACCEPT = {
     ), accepted AS (
       INSERT INTO batch (batch_id, deployment_id, deployment_name, environment, workflow_id, request_hash, concurrency,
                          on_item_error, status, created_at)
-      VALUES ($1, $2, $3, $4, $5, $7, $8, $9, 'running', $15)
+      VALUES ($1, $2, $3, $4, $5, $7, $8, $9, ${RUNNING}, $15)
     ), logged AS (
       INSERT INTO execution_chunk (execution_id, first_sequence, last_sequence, chunks)
       SELECT $1, 1, 1, $16 UNION ALL SELECT execution_id, 1, 1, started FROM item
     )
     INSERT INTO execution (execution_id, deployment_id, deployment_name, environment, workflow_id, revision_id, status, input,
                            created_at, idempotency_key, batch_id, batch_index, item_id, held, admitted)
-    SELECT execution_id, $2, $3, $4, $5, $6, 'queued', input::json, $15, CASE WHEN batch_index = 0 THEN $10 END,
+    SELECT execution_id, $2, $3, $4, $5, $6, ${QUEUED}, input::json, $15, CASE WHEN batch_index = 0 THEN $10 END,
            $1, batch_index, item_id, batch_index >= $8, $17 AND batch_index < $8
       FROM item ORDER BY batch_index
         ON CONFLICT (idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING`,

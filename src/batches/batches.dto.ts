@@ -14,12 +14,12 @@ import {
   MinLength,
   ValidateNested,
 } from 'class-validator';
-import { BATCH_STATUSES } from '../database/entities/batch.entity.js';
 import type { Batch } from '../database/entities/batch.entity.js';
-import { EXECUTION_STATUSES } from '../database/entities/execution.entity.js';
 import type { Execution } from '../database/entities/execution.entity.js';
 import { IsListOfObjects, IsStorableText, QueryInteger } from '../dto.js';
 import { ExecuteDto, FailureDto, UsageDto, executionLinks } from '../executions/executions.dto.js';
+import { BATCH_STATUSES, EXECUTION_STATUSES } from '../executions/status.js';
+import type { BatchStatus, ExecutionStatus } from '../executions/status.js';
 
 /** Items of a batch at most; so many may be in the queue and running at once, too. */
 export const MOST_ITEMS = 1000;
@@ -115,7 +115,7 @@ export class BatchResultDto {
   item_id: string;
   execution_id: string;
   @ApiProperty({ enum: EXECUTION_STATUSES })
-  status: (typeof EXECUTION_STATUSES)[number];
+  status: ExecutionStatus;
   /** What the answering agents said; after a failure or a cancellation the text so far. */
   response?: string;
   error?: FailureDto;
@@ -150,7 +150,7 @@ export class BatchDto {
   workflow_id: string;
   /** `completed` once all items have ended, however they did; `cancelled` if a client cancelled it. */
   @ApiProperty({ enum: BATCH_STATUSES })
-  status: (typeof BATCH_STATUSES)[number];
+  status: BatchStatus;
   counts: ItemCountsDto;
   /** The share of items that have ended, from 0 to 1. */
   progress: number;

@@ -3,6 +3,7 @@ import { Pool } from 'pg';
 import { validate as isUuid } from 'uuid';
 import type { Batch } from '../database/entities/batch.entity.js';
 import { AppError } from '../errors.js';
+import { IS_RUNNING } from '../executions/status.js';
 import { untilFinal } from '../executions/until-final.js';
 import { BatchProgress } from './batch-progress.js';
 import { BatchQueryDto } from './batches.dto.js';
@@ -13,7 +14,7 @@ const REQUEST_CANCEL = {
   name: 'batch-request-cancel',
   text: `
     UPDATE batch SET cancel_requested_at = coalesce(cancel_requested_at, now())
-     WHERE batch_id = $1 AND status = 'running' RETURNING batch_id`,
+     WHERE batch_id = $1 AND status ${IS_RUNNING} RETURNING batch_id`,
 };
 
 const STATUS = { name: 'batch-status', text: 'SELECT status FROM batch WHERE batch_id = $1' };

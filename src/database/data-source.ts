@@ -13,9 +13,7 @@ import { Step } from './entities/step.entity.js';
 import { Workflow } from './entities/workflow.entity.js';
 import { StrictClient, timeLimits } from './strict-client.js';
 import { migrations } from './migrations/index.js';
-
-/** Any number that no other program on the same database uses for its advisory locks. */
-const MIGRATION_LOCK = 7_061_923_418;
+import { LOCKS } from './locks.js';
 
 /** ms until an unreachable server counts as away. */
 export const CONNECT_TIMEOUT_MS = 4000;
@@ -70,7 +68,7 @@ export async function migrate(url: string): Promise<void> {
   lock.on('error', () => undefined); // the statement after it says so
   try {
     await lock.connect();
-    await lock.query('SELECT pg_advisory_lock($1)', [MIGRATION_LOCK]);
+    await lock.query('SELECT pg_advisory_lock($1)', [LOCKS.migration]);
     await dataSource.runMigrations();
   } finally {
     await lock.end();

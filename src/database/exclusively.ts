@@ -1,16 +1,15 @@
 import type { Pool, PoolClient } from 'pg';
 import { withClient } from './with-client.js';
+import type { AdvisoryLock } from './locks.js';
 
 /**
  * Runs `work` in a transaction that one process at a time is in: each statement of it sees what the one before committed.
  * A process that is stopped inside of it is cut off by PostgreSQL after 2 s. Rejects as `work` and pg do, also when the
  * lock was not to be had for 3 s.
- *
- * @param lock any number that no other program on the same database uses for its advisory locks
  */
 export function exclusively<Result>(
   pool: Pool,
-  lock: number,
+  lock: AdvisoryLock,
   work: (client: PoolClient) => Promise<Result>,
 ): Promise<Result> {
   return withClient(pool, async (client) => {

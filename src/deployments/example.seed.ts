@@ -4,11 +4,9 @@ import { DataSource } from 'typeorm';
 import { CONFIG } from '../config.js';
 import type { Config } from '../config.js';
 import { Workflow } from '../database/entities/workflow.entity.js';
+import { LOCKS } from '../database/locks.js';
 import { supportDesk, supportDeskId } from '../workflows/example.js';
 import { DeploymentsService } from './deployments.service.js';
-
-/** Any number that no other program on the same database uses for its advisory locks. */
-const SEED_LOCK = 7_061_923_419;
 
 const INSERT_WORKFLOW = `
   INSERT INTO workflow (workflow_id, name, version, description, configuration, created_at, updated_at)
@@ -30,7 +28,7 @@ export class ExampleSeed implements OnApplicationBootstrap {
     const { name, description, configuration } = supportDesk;
     await this.dataSource.transaction(async (transaction) => {
       // Of several processes that start at once, one seeds and the others then find what it made.
-      await transaction.query('SELECT pg_advisory_xact_lock($1)', [SEED_LOCK]);
+      await transaction.query('SELECT pg_advisory_xact_lock($1)', [LOCKS.seed]);
       if (await transaction.exists(Workflow)) return;
       const values = [supportDeskId, name, description, configuration, new Date()];
       await transaction.query(INSERT_WORKFLOW, values);

@@ -1,5 +1,4 @@
-/** The states in which an execution ends; its last chunk carries the same word. */
-export type TerminalStatus = 'completed' | 'error' | 'cancelled';
+import type { TerminalStatus } from '../executions/status.js';
 
 /** `status` of a chunk: `started` is always the first, one of {@link TerminalStatus} always the last, exactly once. */
 export type ChunkStatus = 'started' | TerminalStatus | 'restarted';

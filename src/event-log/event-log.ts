@@ -1,4 +1,5 @@
-import type { ChunkContent, ChunkOrigin, TerminalStatus } from './chunk.js';
+import type { TerminalStatus } from '../executions/status.js';
+import type { ChunkContent, ChunkOrigin } from './chunk.js';
 
 /** Consecutive chunks of one execution, already committed. */
 export interface LogBatch {

@@ -1,5 +1,6 @@
+import type { TerminalStatus } from '../executions/status.js';
 import { ChunkSerializer } from './chunk.js';
-import type { ChunkContent, TerminalStatus } from './chunk.js';
+import type { ChunkContent } from './chunk.js';
 import { FencedError } from './event-log.js';
 import type { ExecutionEnd, LogBatch, LogOwner, LogWriter } from './event-log.js';
 

@@ -1,3 +1,12 @@
+import {
+  CANCELLED,
+  IS_CANCELLED,
+  IS_COMPLETED,
+  IS_ERROR,
+  IS_RUNNING,
+  IS_UNFINISHED,
+} from '../executions/status.js';
+
 /**
  * A parameter that the planner does not look into. Else it takes the few items of its array for a reason to make a new plan at
  * each run, which costs several times what the statement itself does.
@@ -30,7 +39,7 @@ export const FLUSH = {
              string_to_array(${unseen('$5::text')}, E'\\x1e'))
              AS row (execution_id, fence, first_sequence, last_sequence, chunks)
       JOIN execution USING (execution_id, fence)
-     WHERE execution.status = 'running' AND row.first_sequence - 1 = ${lastBefore('row.execution_id', 'row.first_sequence')}
+     WHERE execution.status ${IS_RUNNING} AND row.first_sequence - 1 = ${lastBefore('row.execution_id', 'row.first_sequence')}
        FOR SHARE OF execution
         ON CONFLICT (execution_id, first_sequence) DO UPDATE SET last_sequence = excluded.last_sequence
            WHERE stored.chunks = excluded.chunks
@@ -56,7 +65,7 @@ export const END = {
                  first_chunk_at, finished_at, sequence, chunk, cancelled_chunk)
     ), ended AS (
       UPDATE execution SET
-             status = CASE WHEN cancel_requested_at IS NULL THEN ending.status ELSE 'cancelled' END,
+             status = CASE WHEN cancel_requested_at IS NULL THEN ending.status ELSE ${CANCELLED} END,
              code = CASE WHEN cancel_requested_at IS NULL THEN ending.code END,
              error = CASE WHEN cancel_requested_at IS NULL THEN ending.error END,
              response = ending.response::json,
@@ -65,7 +74,7 @@ export const END = {
              finished_at = ending.finished_at, last_sequence = ending.sequence
         FROM ending
        WHERE execution.execution_id = ending.execution_id AND execution.fence = ending.fence
-         AND execution.status IN ('queued', 'running')
+         AND execution.status ${IS_UNFINISHED}
          AND ending.sequence - 1 = ${lastBefore('ending.execution_id', 'ending.sequence')}
       RETURNING execution.execution_id, execution.fence, execution.deployment_id, execution.status, execution.error, execution.finished_at
     ), logged AS (
@@ -85,12 +94,12 @@ export const END = {
              last_error = CASE WHEN ends.failed > 0 THEN ends.failure ELSE deployment.last_error END,
              last_error_at = CASE WHEN ends.failed > 0 THEN ends.failed_at ELSE deployment.last_error_at END
         FROM (SELECT deployment_id, count(*) AS all_ends,
-                     count(*) FILTER (WHERE status = 'completed') AS completed,
-                     count(*) FILTER (WHERE status = 'error') AS failed,
-                     count(*) FILTER (WHERE status = 'cancelled') AS cancelled,
+                     count(*) FILTER (WHERE status ${IS_COMPLETED}) AS completed,
+                     count(*) FILTER (WHERE status ${IS_ERROR}) AS failed,
+                     count(*) FILTER (WHERE status ${IS_CANCELLED}) AS cancelled,
                      max(finished_at) AS last_at,
-                     max(finished_at) FILTER (WHERE status = 'error') AS failed_at,
-                     (array_agg(error ORDER BY finished_at DESC) FILTER (WHERE status = 'error'))[1] AS failure
+                     max(finished_at) FILTER (WHERE status ${IS_ERROR}) AS failed_at,
+                     (array_agg(error ORDER BY finished_at DESC) FILTER (WHERE status ${IS_ERROR}))[1] AS failure
                 FROM ended JOIN locked USING (deployment_id) GROUP BY deployment_id) AS ends
        WHERE deployment.deployment_id = ends.deployment_id
     )

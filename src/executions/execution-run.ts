@@ -14,6 +14,7 @@ import type { Metrics } from '../metrics.js';
 import type { ModelRegistry } from '../models/model-registry.js';
 import { LockLostError } from '../queue/execution-queue.js';
 import { CancelledError } from './running-executions.js';
+import { isCheckpoint } from './status.js';
 import type { StepStore } from './step-store.js';
 
 export interface ExecutionRunOptions {
@@ -261,9 +262,4 @@ function endOf(outcome: RunOutcome, reason: unknown): Pick<ExecutionEnd, 'status
       return { status: 'error', code: failure.code, error: failure.message };
     }
   }
-}
-
-/** Whether a step of an earlier attempt has come to its end and is not run again. */
-export function isCheckpoint(step: Step): step is Step & Pick<StepResult, 'status'> {
-  return step.status !== 'running' && step.status !== 'cancelled';
 }

@@ -15,6 +15,7 @@ import { ModelRegistry } from '../models/model-registry.js';
 import { ExecutionQueue } from '../queue/execution-queue.js';
 import { ExecutionsAdmission } from './executions.admission.js';
 import type { AcceptedExecution, ExecuteDto } from './executions.dto.js';
+import { QUEUED } from './status.js';
 
 /** Printable ASCII: what every HTTP library sends and returns unchanged. */
 const KEY_PATTERN = /^[\x20-\x7e]{1,255}$/;
@@ -29,7 +30,7 @@ const ACCEPT = {
     WITH accepted AS (
       INSERT INTO execution (execution_id, deployment_id, deployment_name, environment, workflow_id, revision_id, status,
                              input, created_at, idempotency_key, admitted)
-      VALUES ($1, $2, $3, $4, $5, $6, 'queued', $7, $8, $9, $11)
+      VALUES ($1, $2, $3, $4, $5, $6, ${QUEUED}, $7, $8, $9, $11)
           ON CONFLICT (idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
       RETURNING execution_id)
     INSERT INTO execution_chunk (execution_id, first_sequence, last_sequence, chunks)

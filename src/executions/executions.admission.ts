@@ -5,10 +5,12 @@ import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { GroupCommit } from '../database/group-commit.js';
 import { exclusively } from '../database/exclusively.js';
+import { LOCKS } from '../database/locks.js';
 import { isUnavailable } from '../database/unavailable.js';
 import { AppError } from '../errors.js';
 import { Metrics } from '../metrics.js';
 import { ExecutionQueue } from '../queue/execution-queue.js';
+import { IS_QUEUED, IS_UNFINISHED } from './status.js';
 
 /** How often a worker looks for executions that could be admitted: one may have ended whose process died before it could tell. */
 const LOOK_MS = 1000;
@@ -16,8 +18,6 @@ const LOOK_MS = 1000;
 const COUNT_MS = 250;
 /** Seconds after which a client that was refused may try again. */
 const RETRY_AFTER_S = 5;
-/** One admission at a time: whoever counts has to see what the one before admitted. */
-const ADMISSION_LOCK = 7_061_923_420;
 
 /**
  * Admits as many executions of each deployment, the oldest first, as its limit leaves room for; a deployment without a limit,
@@ -32,7 +32,7 @@ const ADMIT = {
              CASE WHEN runtime_config->>'max_concurrency' IS NOT NULL THEN
                greatest(0, (runtime_config->>'max_concurrency')::int - (
                  SELECT count(*) FROM execution WHERE execution.deployment_id = asked.deployment_id
-                    AND admitted AND execution.status IN ('queued', 'running')))
+                    AND admitted AND execution.status ${IS_UNFINISHED}))
              END AS places
         FROM relaxed, unnest($1::uuid[]) AS asked (deployment_id)
         LEFT JOIN deployment ON deployment.deployment_id = asked.deployment_id
@@ -40,18 +40,18 @@ const ADMIT = {
     ), chosen AS (
       SELECT next.execution_id FROM room CROSS JOIN LATERAL (
         SELECT execution_id FROM execution
-         WHERE execution.deployment_id = room.deployment_id AND NOT admitted AND NOT held AND status = 'queued'
+         WHERE execution.deployment_id = room.deployment_id AND NOT admitted AND NOT held AND status ${IS_QUEUED}
          ORDER BY execution_id LIMIT room.places FOR NO KEY UPDATE SKIP LOCKED) AS next
     )
     UPDATE execution SET admitted = true FROM chosen WHERE execution.execution_id = chosen.execution_id
     RETURNING execution.execution_id`,
 };
 
-const HELD_BACK = `SELECT DISTINCT deployment_id FROM execution WHERE NOT admitted AND NOT held AND status = 'queued'`;
+const HELD_BACK = `SELECT DISTINCT deployment_id FROM execution WHERE NOT admitted AND NOT held AND status ${IS_QUEUED}`;
 
 const COUNT_QUEUED = {
   name: 'execution-count-queued',
-  text: `SELECT count(*)::int AS queued FROM (SELECT 1 FROM execution WHERE status = 'queued' LIMIT $1) AS waiting`,
+  text: `SELECT count(*)::int AS queued FROM (SELECT 1 FROM execution WHERE status ${IS_QUEUED} LIMIT $1) AS waiting`,
 };
 
 /**
@@ -131,7 +131,7 @@ export class ExecutionsAdmission implements OnApplicationBootstrap, OnModuleDest
 
   private async admit(asked: string[]): Promise<void[]> {
     const values = [[...new Set(asked)]];
-    const { rows } = await exclusively(this.pool, ADMISSION_LOCK, (client) =>
+    const { rows } = await exclusively(this.pool, LOCKS.admission, (client) =>
       client.query<{ execution_id: string }>({ ...ADMIT, values }),
     );
     // One that is not queued after this is found by the sweep, like any other that is accepted and not in the queue.

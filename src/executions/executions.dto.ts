@@ -14,10 +14,11 @@ import {
   ValidateNested,
 } from 'class-validator';
 import { AsGiven, IsListOfObjects, IsMoment, IsStorableText, QueryInteger } from '../dto.js';
-import { EXECUTION_STATUSES } from '../database/entities/execution.entity.js';
 import type { Execution } from '../database/entities/execution.entity.js';
 import type { Presence } from './subscribers.js';
 import type { Step } from '../database/entities/step.entity.js';
+import { EXECUTION_STATUSES } from './status.js';
+import type { ExecutionStatus } from './status.js';
 
 /** One earlier message of the conversation. */
 export class ChatMessageDto {
@@ -133,7 +134,7 @@ export class ExecutionAcceptedDto {
   execution_id: string;
   /** `queued`; what it is now, if the same request had been accepted before. */
   @ApiProperty({ enum: EXECUTION_STATUSES })
-  status: (typeof EXECUTION_STATUSES)[number];
+  status: ExecutionStatus;
   deployment_name: string;
   workflow_id: string;
   deployment_id: string;
@@ -165,7 +166,7 @@ export class ExecutionDto {
   batch_id?: string;
   item_id?: string;
   @ApiProperty({ enum: EXECUTION_STATUSES })
-  status: (typeof EXECUTION_STATUSES)[number];
+  status: ExecutionStatus;
   /** What the answering agents said; after a failure or a cancellation the text so far. */
   response?: string;
   error?: FailureDto;
@@ -266,7 +267,7 @@ export class StepListDto {
 export class ProgressDto {
   execution_id: string;
   @ApiProperty({ enum: EXECUTION_STATUSES })
-  status: (typeof EXECUTION_STATUSES)[number];
+  status: ExecutionStatus;
   /** Steps that have ended, skipped ones included. */
   completed_steps: number;
   total_steps: number;
@@ -299,7 +300,7 @@ export class ListExecutionsDto {
 
   @IsOptional()
   @IsIn(EXECUTION_STATUSES)
-  status?: (typeof EXECUTION_STATUSES)[number];
+  status?: ExecutionStatus;
 
   /** Accepted at or after this moment (ISO 8601) */
   @IsOptional()
@@ -333,11 +334,6 @@ export class StreamQueryDto {
   @Min(0)
   @Max(2_147_483_647)
   after?: number;
-}
-
-/** Whether nothing more can happen to an execution. */
-export function isFinal(status: Execution['status']): boolean {
-  return status !== 'queued' && status !== 'running';
 }
 
 /** The addresses of an execution, relative to the server. */

@@ -7,19 +7,20 @@ import { AppError, toErrorCode } from '../errors.js';
 import { EventLog } from '../event-log/event-log.js';
 import { ExecutionEnds } from './execution-ends.js';
 import { ExecutionsAcceptance } from './executions.acceptance.js';
-import { ExecutionAcceptedDto, ExecutionDto, executionLinks, isFinal } from './executions.dto.js';
+import { ExecutionAcceptedDto, ExecutionDto, executionLinks } from './executions.dto.js';
 import type { ExecuteDto, ExecuteResponseDto } from './executions.dto.js';
 import { ExecutionsAdmission } from './executions.admission.js';
 import { ExecutionsReader } from './executions.reader.js';
 import { RunningExecutions } from './running-executions.js';
 import { Subscribers, onceOver } from './subscribers.js';
 import { untilFinal } from './until-final.js';
+import { IS_UNFINISHED, isFinal, isUnbegun } from './status.js';
 
 const REQUEST_CANCEL = {
   name: 'execution-request-cancel',
   text: `
     UPDATE execution SET cancel_requested_at = coalesce(cancel_requested_at, now())
-     WHERE execution_id = $1 AND status IN ('queued', 'running') RETURNING *`,
+     WHERE execution_id = $1 AND status ${IS_UNFINISHED} RETURNING *`,
 };
 
 const STATUS = { name: 'execution-status', text: 'SELECT status FROM execution WHERE execution_id = $1' };
@@ -78,7 +79,7 @@ export class ExecutionsService {
       const { rows } = await this.pool.query<Execution>({ ...REQUEST_CANCEL, values: [executionId] });
       const [requested] = rows;
       // One that was taken up before has more than its first chunk; the worker that gets it ends it.
-      if (requested?.status === 'queued' && requested.attempt === 0) {
+      if (requested && isUnbegun(requested)) {
         await this.running.end(requested, 1, { status: 'cancelled' });
         this.admission.release(requested.deployment_id);
         this.ends.tell(requested);

@@ -7,6 +7,7 @@ import { ExecutionQueue } from '../queue/execution-queue.js';
 import { StatusEvents } from '../status-events/status-events.js';
 import { Retention } from './retention.js';
 import { Subscribers } from './subscribers.js';
+import { IS_UNFINISHED } from './status.js';
 
 const SWEEP_MS = 10_000;
 /** Soon after the start: perhaps the whole system was down. */
@@ -16,7 +17,7 @@ const PAGE = 500;
 /** How many executions must be in the queue. */
 const COUNT_UNFINISHED = {
   name: 'execution-count-unfinished',
-  text: `SELECT count(*)::int AS unfinished FROM execution WHERE admitted AND status IN ('queued', 'running')`,
+  text: `SELECT count(*)::int AS unfinished FROM execution WHERE admitted AND status ${IS_UNFINISHED}`,
 };
 
 /** Executions that must be in the queue, the oldest first, but for those whose way into it may take a moment still. */
@@ -24,7 +25,7 @@ const UNFINISHED = {
   name: 'execution-unfinished',
   text: `
     SELECT execution_id FROM execution
-     WHERE admitted AND status IN ('queued', 'running') AND created_at < now() - $1 * interval '1 ms'
+     WHERE admitted AND status ${IS_UNFINISHED} AND created_at < now() - $1 * interval '1 ms'
        AND ($2::uuid IS NULL OR execution_id > $2)
      ORDER BY execution_id LIMIT $3`,
 };

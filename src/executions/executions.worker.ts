@@ -17,9 +17,19 @@ import { ModelRegistry } from '../models/model-registry.js';
 import { ExecutionQueue, LockLostError } from '../queue/execution-queue.js';
 import { ExecutionEnds } from './execution-ends.js';
 import { ExecutionsAdmission } from './executions.admission.js';
-import { ExecutionRun, isCheckpoint } from './execution-run.js';
+import { ExecutionRun } from './execution-run.js';
 import { RunningExecutions } from './running-executions.js';
 import { StepStore } from './step-store.js';
+import {
+  IS_COMPLETED,
+  IS_FINAL,
+  IS_QUEUED,
+  IS_RUNNING,
+  IS_UNFINISHED,
+  QUEUED,
+  RUNNING,
+  isCheckpoint,
+} from './status.js';
 
 /** A job can be faster than the commit of its execution. After this long there is no such execution. */
 const ROW_WAIT_MS = 10_000;
@@ -40,26 +50,26 @@ const CLAIM = {
   name: 'execution-claim',
   text: `
     WITH relaxed AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
-    UPDATE execution SET status = 'running', held = false, admitted = true, attempt = attempt + 1, fence = 1 + (random() * 2147483646)::int, started_at = coalesce(started_at, now()),
+    UPDATE execution SET status = ${RUNNING}, held = false, admitted = true, attempt = attempt + 1, fence = 1 + (random() * 2147483646)::int, started_at = coalesce(started_at, now()),
            lost_attempts = CASE
-             WHEN status = 'queued' THEN lost_attempts
+             WHEN status ${IS_QUEUED} THEN lost_attempts
              WHEN EXISTS (SELECT 1 FROM step WHERE step.execution_id = execution.execution_id
-                             AND step.attempt = execution.attempt AND step.status = 'completed') THEN 1
+                             AND step.attempt = execution.attempt AND step.status ${IS_COMPLETED}) THEN 1
              ELSE lost_attempts + 1
            END
       FROM relaxed
-     WHERE execution_id = $1 AND status IN ('queued', 'running') RETURNING execution.*`,
+     WHERE execution_id = $1 AND status ${IS_UNFINISHED} RETURNING execution.*`,
 };
 
 /** Says that another worker may go on, and that this one was not lost. Nothing, if the execution is not this attempt's any more. */
 const HAND_BACK = {
   name: 'execution-hand-back',
-  text: `UPDATE execution SET status = 'queued' WHERE execution_id = $1 AND fence = $2 AND status = 'running'`,
+  text: `UPDATE execution SET status = ${QUEUED} WHERE execution_id = $1 AND fence = $2 AND status ${IS_RUNNING}`,
 };
 
 const HAS_ENDED = {
   name: 'execution-has-ended',
-  text: `SELECT 1 FROM execution WHERE execution_id = $1 AND status NOT IN ('queued', 'running')`,
+  text: `SELECT 1 FROM execution WHERE execution_id = $1 AND status ${IS_FINAL}`,
 };
 
 /** What an earlier attempt left. Read after the claim, which has waited for that attempt's last write. */

@@ -4,6 +4,7 @@ import { Injectable, Logger } from '@nestjs/common';
 import type { OnApplicationShutdown } from '@nestjs/common';
 import type { Response } from 'express';
 import { Pool } from 'pg';
+import { IS_UNFINISHED } from './status.js';
 
 /** How soon a client that came or left is counted in the database. Streams shorter than that cost one statement, not two. */
 const WRITE_DELAY_MS = 200;
@@ -20,7 +21,7 @@ const COUNT = {
   name: 'subscribers-count',
   text: `
     WITH relaxed AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true)), changed AS MATERIALIZED (
-      SELECT execution_id, item.count, status IN ('queued', 'running') AS unfinished
+      SELECT execution_id, item.count, status ${IS_UNFINISHED} AS unfinished
         FROM unnest($2::uuid[], $3::int[]) AS item (execution_id, count) JOIN execution USING (execution_id), relaxed
     ), before_the_end AS (
       INSERT INTO execution_subscriber AS stored (execution_id, process_id, count, left_at)

@@ -1,15 +1,10 @@
 import { SNAPSHOT_EXECUTIONS } from './status-event.js';
-
-/**
- * The lock of whoever gives out sequences: one transaction at a time. Any number that no other program on the same
- * database uses for its advisory locks.
- */
-export const SEQUENCE_LOCK = 7_061_923_419;
+import { IS_QUEUED, IS_RUNNING, IS_UNFINISHED } from '../executions/status.js';
 
 /**
  * Gives a sequence to the changes that are committed and have none. Ids are given before a commit, so a reader that went
  * by them would pass over a change whose commit took longer than that of a later one; sequences are given after it, by
- * one transaction at a time, so whoever sees one sees all before it. In a transaction under {@link SEQUENCE_LOCK}.
+ * one transaction at a time, so whoever sees one sees all before it. In a transaction under the lock `sequence`.
  */
 const NUMBER = `
   pending AS MATERIALIZED (
@@ -43,18 +38,18 @@ const OF_DEPLOYMENT = `
 
 /**
  * The numbering and the state in one statement, which sees one moment of both: a change that the state shows is not
- * told again. $5: with deployments. Under {@link SEQUENCE_LOCK}.
+ * told again. $5: with deployments. Under the lock `sequence`.
  */
 export const SNAPSHOT = `
   WITH ${NUMBER}, unfinished AS MATERIALIZED (
     SELECT execution_id, deployment_id, deployment_name, environment, workflow_id, status, attempt AS attempts,
            created_at, started_at
-      FROM execution WHERE status IN ('queued', 'running') AND ${OF_EXECUTION}
+      FROM execution WHERE status ${IS_UNFINISHED} AND ${OF_EXECUTION}
   )
   SELECT ${HEAD} AS sequence,
          now() AS timestamp,
-         (SELECT count(*) FROM unfinished WHERE status = 'queued') AS queued,
-         (SELECT count(*) FROM unfinished WHERE status = 'running') AS running,
+         (SELECT count(*) FROM unfinished WHERE status ${IS_QUEUED}) AS queued,
+         (SELECT count(*) FROM unfinished WHERE status ${IS_RUNNING}) AS running,
          (SELECT coalesce(json_agg(newest), '[]')
             FROM (SELECT * FROM unfinished ORDER BY execution_id DESC LIMIT ${SNAPSHOT_EXECUTIONS}) AS newest) AS executions,
          CASE WHEN $5::boolean THEN

@@ -1,7 +1,8 @@
 import { ApiProperty } from '@nestjs/swagger';
 import { Transform } from 'class-transformer';
 import { IsIn, IsInt, IsOptional, IsString, IsUUID, Max, Min } from 'class-validator';
-import { EXECUTION_STATUSES } from '../database/entities/execution.entity.js';
+import { EXECUTION_STATUSES } from '../executions/status.js';
+import type { ExecutionStatus } from '../executions/status.js';
 import { IsStorableText, QueryInteger } from '../dto.js';
 
 /** From where on changes of status are sent, and which. */
@@ -17,7 +18,7 @@ class EventsQueryDto {
     style: 'form',
     explode: false,
   } as object)
-  status?: (typeof EXECUTION_STATUSES)[number][];
+  status?: ExecutionStatus[];
 
   /** Sequence of the last event that the client has, when it can't send `Last-Event-ID`; without either, a snapshot comes first */
   @IsOptional()

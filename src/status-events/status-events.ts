@@ -3,8 +3,9 @@ import type { BeforeApplicationShutdown } from '@nestjs/common';
 import { Pool } from 'pg';
 import type { StatusEvent } from '../database/entities/status-event.entity.js';
 import { exclusively } from '../database/exclusively.js';
+import { LOCKS } from '../database/locks.js';
 import { isUnavailable, retryWhileUnavailable } from '../database/unavailable.js';
-import { IS_KEPT, LOOK, NUMBER_PENDING, READ, SEQUENCE_LOCK, SNAPSHOT } from './statements.js';
+import { IS_KEPT, LOOK, NUMBER_PENDING, READ, SNAPSHOT } from './statements.js';
 import type {
   SnapshotDeployment,
   SnapshotExecution,
@@ -97,7 +98,7 @@ export class StatusEvents implements BeforeApplicationShutdown {
   /** One transaction at a time, of all processes; those of this process wait for each other without a connection. */
   private inSequence<Row extends object>(work: Work<Row>): Promise<Row> {
     const turn = this.turn.then(() =>
-      exclusively(this.pool, SEQUENCE_LOCK, (client) =>
+      exclusively(this.pool, LOCKS.sequence, (client) =>
         work(async (text, values) => (await client.query<Row>(text, values)).rows[0] as Row),
       ),
     );

@@ -1,6 +1,7 @@
 import { ApiProperty, ApiPropertyOptional, PickType } from '@nestjs/swagger';
 import { IsArray, IsIn, IsInt, IsString, Max, MaxLength, Min } from 'class-validator';
-import { EXECUTION_STATUSES } from '../database/entities/execution.entity.js';
+import { EXECUTION_STATUSES } from '../executions/status.js';
+import type { ExecutionStatus } from '../executions/status.js';
 import { IsStorableText, MayBeAbsent } from '../dto.js';
 import type { Chunk, ChunkContent, ChunkStatus } from '../event-log/chunk.js';
 import { ExecuteDto } from '../executions/executions.dto.js';
@@ -96,7 +97,7 @@ export class SubscribeDto extends StreamTargetDto {
   @IsArray()
   @IsIn(EXECUTION_STATUSES, { each: true })
   @ApiProperty({ type: 'array', items: { type: 'string', enum: [...EXECUTION_STATUSES] }, required: false })
-  status?: (typeof EXECUTION_STATUSES)[number][];
+  status?: ExecutionStatus[];
 }
 
 /** `data` of `unsubscribe`. */
@@ -178,7 +179,7 @@ export class SnapshotExecutionDto implements SnapshotExecution {
   environment: string;
   workflow_id: string;
   @ApiProperty({ enum: EXECUTION_STATUSES })
-  status: (typeof EXECUTION_STATUSES)[number];
+  status: ExecutionStatus;
   @ApiProperty({ type: 'integer' })
   attempts: number;
   created_at: Date;

@@ -1,10 +1,10 @@
 import { Column, Entity, Index, PrimaryColumn } from 'typeorm';
-
-export const BATCH_STATUSES = ['running', 'completed', 'cancelled'] as const;
+import { IS_RUNNING } from '../../executions/status.js';
+import type { BatchStatus } from '../../executions/status.js';
 
 /** Many executions of a deployment that were asked for at once: its items are the executions with its id. */
 @Entity('batch')
-@Index('batch_running', ['batch_id'], { where: "status = 'running'" })
+@Index('batch_running', ['batch_id'], { where: `status ${IS_RUNNING}` })
 @Index('batch_log_kept', ['finished_at'], { where: 'log_deleted_at IS NULL AND finished_at IS NOT NULL' })
 export class Batch {
   /** A UUID of version 7. The batch's own log, of its first and its last chunk, is kept under it like an execution's. */
@@ -36,7 +36,7 @@ export class Batch {
   on_item_error: 'continue' | 'stop';
 
   @Column('text')
-  status: (typeof BATCH_STATUSES)[number];
+  status: BatchStatus;
 
   @Column({ type: 'timestamptz', precision: 3 })
   created_at: Date;

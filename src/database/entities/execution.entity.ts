@@ -1,7 +1,7 @@
 import { Column, Entity, Index, PrimaryColumn } from 'typeorm';
 import type { ExecutionInput } from './configuration.js';
-
-export const EXECUTION_STATUSES = ['queued', 'running', 'completed', 'error', 'cancelled'] as const;
+import { IS_QUEUED, IS_UNFINISHED } from '../../executions/status.js';
+import type { ExecutionStatus } from '../../executions/status.js';
 
 /** One run of a deployment. It repeats the deployment's names, so that it stays readable after its deletion. */
 @Entity('execution')
@@ -11,15 +11,15 @@ export const EXECUTION_STATUSES = ['queued', 'running', 'completed', 'error', 'c
   where: 'idempotency_key IS NOT NULL',
 })
 @Index('execution_log_kept', ['finished_at'], { where: 'log_deleted_at IS NULL AND finished_at IS NOT NULL' })
-@Index('execution_admitted', ['deployment_id'], { where: "admitted AND status IN ('queued', 'running')" })
+@Index('execution_admitted', ['deployment_id'], { where: `admitted AND status ${IS_UNFINISHED}` })
 @Index('execution_held_back', ['deployment_id', 'execution_id'], {
-  where: "NOT admitted AND NOT held AND status = 'queued'",
+  where: `NOT admitted AND NOT held AND status ${IS_QUEUED}`,
 })
 @Index('execution_batch', ['batch_id', 'batch_index'], { unique: true, where: 'batch_id IS NOT NULL' })
 @Index('execution_batch_unfinished', ['batch_id', 'batch_index'], {
-  where: "batch_id IS NOT NULL AND status IN ('queued', 'running')",
+  where: `batch_id IS NOT NULL AND status ${IS_UNFINISHED}`,
 })
-@Index('execution_unfinished', ['status'], { where: "status IN ('queued', 'running')" })
+@Index('execution_unfinished', ['status'], { where: `status ${IS_UNFINISHED}` })
 export class Execution {
   /** A UUID of version 7, so that ids ascend in the order of acceptance. */
   @PrimaryColumn('uuid')
@@ -41,7 +41,7 @@ export class Execution {
   revision_id: string;
 
   @Column('text')
-  status: (typeof EXECUTION_STATUSES)[number];
+  status: ExecutionStatus;
 
   /** How often a worker took it up. */
   @Column('integer', { default: 0 })

@@ -1,4 +1,5 @@
 import { Column, Entity, PrimaryColumn, Unique } from 'typeorm';
+import type { StepStatus } from '../../executions/status.js';
 
 /** The run of one agent inside an execution; finished ones are the checkpoints that a crash does not repeat. */
 @Entity('step')
@@ -14,7 +15,7 @@ export class Step {
   agent_id: string;
 
   @Column('text')
-  status: 'running' | 'completed' | 'error' | 'skipped' | 'cancelled';
+  status: StepStatus;
 
   /** The execution's attempt that ran it last. */
   @Column('integer')
