@@ -19,6 +19,7 @@ import { executionLinks } from '../executions/executions.dto.js';
 import { RunningExecutions } from '../executions/running-executions.js';
 import { IS_ERROR, IS_QUEUED, IS_RUNNING, IS_UNFINISHED, isUnbegun } from '../executions/status.js';
 import { ExecutionQueue } from '../queue/execution-queue.js';
+import { Repeat } from '../repeat.js';
 import { batchLinks } from './batches.dto.js';
 
 /** How often a worker looks at the running batches: an item may have ended whose process died before it could tell. */
@@ -122,8 +123,10 @@ type Released = Pick<Execution, 'execution_id' | 'deployment_id' | 'admitted'>;
 export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
   private readonly logger = new Logger(BatchProgress.name);
   private readonly rounds = new GroupCommit<string, void>((batchIds) => this.advanceAll(batchIds));
-  private timer: NodeJS.Timeout | undefined;
-  private closed = false;
+  private readonly looks = new Repeat(() => this.look(), {
+    everyMs: LOOK_MS,
+    onError: (error) => this.report(error),
+  });
 
   constructor(
     private readonly pool: Pool,
@@ -141,12 +144,11 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
   }
 
   onApplicationBootstrap(): void {
-    if (this.config.ROLE !== 'api') this.schedule();
+    if (this.config.ROLE !== 'api') this.looks.start();
   }
 
   onModuleDestroy(): void {
-    this.closed = true;
-    clearTimeout(this.timer);
+    void this.looks.stop();
   }
 
   /** Carries a batch on as far as it can be now. Repeating it changes nothing. */
@@ -196,14 +198,6 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
     await Promise.all(unbegun.map((item) => this.running.end(item, 1, { status: 'cancelled' })));
     new Set(unbegun.map(({ deployment_id }) => deployment_id)).forEach((id) => this.admission.release(id));
     return [...new Set(unbegun.map(({ batch_id }) => batch_id ?? ''))];
-  }
-
-  private schedule(): void {
-    this.timer = setTimeout(() => {
-      this.look()
-        .catch((error: unknown) => this.report(error))
-        .finally(() => this.closed || this.schedule());
-    }, LOOK_MS);
   }
 
   private async look(): Promise<void> {

@@ -3,6 +3,7 @@ import { Injectable, Logger } from '@nestjs/common';
 import type { OnApplicationShutdown, OnModuleInit } from '@nestjs/common';
 import { Pool } from 'pg';
 import { Notifications } from '../database/notifications.js';
+import { Repeat } from '../repeat.js';
 import { LogSubscriptions } from './log-subscriptions.js';
 import { POSITIONS } from './statements.js';
 
@@ -33,8 +34,10 @@ export class LogNotifier implements OnModuleInit, OnApplicationShutdown {
   private readonly unsent = new Map<string, number>();
   private mustGreet = false;
   private sending: Promise<void> | undefined;
-  private beat: NodeJS.Timeout | undefined;
-  private stopped = false;
+  private readonly beats = new Repeat(() => this.onBeat(), {
+    everyMs: BEAT_MS,
+    onError: (error) => this.logger.warn(error),
+  });
 
   constructor(
     private readonly notifications: Notifications,
@@ -49,12 +52,11 @@ export class LogNotifier implements OnModuleInit, OnApplicationShutdown {
 
   async onModuleInit(): Promise<void> {
     await this.greet();
-    this.scheduleBeat();
+    this.beats.start();
   }
 
   onApplicationShutdown(): void {
-    this.stopped = true;
-    clearTimeout(this.beat);
+    void this.beats.stop();
   }
 
   /** Tells the other processes, if there are any, how far some logs go. It does not wait, and a failure is made up for. */
@@ -110,14 +112,6 @@ export class LogNotifier implements OnModuleInit, OnApplicationShutdown {
     const oldest = Date.now() - PEER_SILENCE_MS;
     for (const [peer, heard] of this.peers) if (heard < oldest) this.peers.delete(peer);
     return this.peers.size > 0;
-  }
-
-  private scheduleBeat(): void {
-    this.beat = setTimeout(() => {
-      this.onBeat()
-        .catch((error: unknown) => this.logger.warn(error))
-        .finally(() => this.stopped || this.scheduleBeat());
-    }, BEAT_MS);
   }
 
   private async onBeat(): Promise<void> {

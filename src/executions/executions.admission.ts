@@ -10,6 +10,7 @@ import { isUnavailable } from '../database/unavailable.js';
 import { AppError } from '../errors.js';
 import { Metrics } from '../metrics.js';
 import { ExecutionQueue } from '../queue/execution-queue.js';
+import { Repeat } from '../repeat.js';
 import { IS_QUEUED, IS_UNFINISHED } from './status.js';
 
 /** How often a worker looks for executions that could be admitted: one may have ended whose process died before it could tell. */
@@ -62,8 +63,10 @@ const COUNT_QUEUED = {
 export class ExecutionsAdmission implements OnApplicationBootstrap, OnModuleDestroy {
   private readonly logger = new Logger(ExecutionsAdmission.name);
   private readonly admissions = new GroupCommit<string, void>((deploymentIds) => this.admit(deploymentIds));
-  private timer: NodeJS.Timeout | undefined;
-  private closed = false;
+  private readonly looks = new Repeat(() => this.look(), {
+    everyMs: LOOK_MS,
+    onError: (error) => this.report(error),
+  });
   private queued = 0;
   /** Places that this process has taken, ever. */
   private taken = 0;
@@ -78,12 +81,11 @@ export class ExecutionsAdmission implements OnApplicationBootstrap, OnModuleDest
   ) {}
 
   onApplicationBootstrap(): void {
-    if (this.config.ROLE !== 'api') this.schedule();
+    if (this.config.ROLE !== 'api') this.looks.start();
   }
 
   onModuleDestroy(): void {
-    this.closed = true;
-    clearTimeout(this.timer);
+    void this.looks.stop();
   }
 
   /** Takes places for some more executions, for all of them or for none. Rejects with `queue_full`. */
@@ -137,14 +139,6 @@ export class ExecutionsAdmission implements OnApplicationBootstrap, OnModuleDest
     // One that is not queued after this is found by the sweep, like any other that is accepted and not in the queue.
     await this.queue.add(rows.map(({ execution_id }) => execution_id).toSorted());
     return asked.map(() => undefined);
-  }
-
-  private schedule(): void {
-    this.timer = setTimeout(() => {
-      this.look()
-        .catch((error: unknown) => this.report(error))
-        .finally(() => this.closed || this.schedule());
-    }, LOOK_MS);
   }
 
   private async look(): Promise<void> {

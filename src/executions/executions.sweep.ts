@@ -4,6 +4,7 @@ import { Pool } from 'pg';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { ExecutionQueue } from '../queue/execution-queue.js';
+import { Repeat } from '../repeat.js';
 import { StatusEvents } from '../status-events/status-events.js';
 import { Retention } from './retention.js';
 import { Subscribers } from './subscribers.js';
@@ -34,8 +35,10 @@ const UNFINISHED = {
 @Injectable()
 export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy {
   private readonly logger = new Logger(ExecutionsSweep.name);
-  private readonly shutdown = new AbortController();
-  private timer: NodeJS.Timeout | undefined;
+  private readonly sweeps = new Repeat((signal) => this.sweep(signal), {
+    everyMs: SWEEP_MS,
+    onError: (error) => this.logger.error(error),
+  });
 
   constructor(
     @Inject(CONFIG) private readonly config: ServerConfig,
@@ -47,30 +50,23 @@ export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy 
   ) {}
 
   onApplicationBootstrap(): void {
-    if (this.config.ROLE !== 'api') this.schedule(FIRST_SWEEP_MS);
+    if (this.config.ROLE !== 'api') this.sweeps.start(FIRST_SWEEP_MS);
   }
 
   onModuleDestroy(): void {
-    this.shutdown.abort();
-    clearTimeout(this.timer);
+    void this.sweeps.stop();
   }
 
-  private schedule(delayMs = SWEEP_MS): void {
-    this.timer = setTimeout(() => {
-      void this.sweep().finally(() => this.shutdown.signal.aborted || this.schedule());
-    }, delayMs);
-  }
-
-  private async sweep(): Promise<void> {
+  private async sweep(signal: AbortSignal): Promise<void> {
     const tasks = [
-      () => this.requeueLost(),
+      () => this.requeueLost(signal),
       () => this.subscribers.forgetDead(),
       () => this.statusEvents.number(),
-      () => this.retention.expire(this.shutdown.signal),
+      () => this.retention.expire(signal),
     ];
     // One that fails keeps none of the others from being done.
     for (const task of tasks) {
-      if (this.shutdown.signal.aborted) return;
+      if (signal.aborted) return;
       await task().catch((error: unknown) => this.logger.warn(error));
     }
   }
@@ -79,7 +75,7 @@ export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy 
    * Puts unfinished executions that the queue has lost back into it; those that are in it stay where they are. An execution
    * that runs is in the queue as well: if it is not, its worker has lost its lock, or is about to find that out.
    */
-  private async requeueLost(): Promise<void> {
+  private async requeueLost(signal: AbortSignal): Promise<void> {
     const { rows } = await this.pool.query<{ unfinished: number }>(COUNT_UNFINISHED);
     const { waiting, active } = await this.queue.size();
     // All of them, if the queue was emptied; else the oldest, since it may hold some that have ended just now.
@@ -90,6 +86,6 @@ export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy 
       const { rows: page } = await this.pool.query<{ execution_id: string }>({ ...UNFINISHED, values });
       if (page.length > 0) await this.queue.add(page.map(({ execution_id }) => execution_id));
       last = page.length === PAGE ? page.at(-1)?.execution_id : undefined;
-    } while (last !== undefined && !isComplete && !this.shutdown.signal.aborted);
+    } while (last !== undefined && !isComplete && !signal.aborted);
   }
 }

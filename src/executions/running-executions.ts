@@ -6,6 +6,7 @@ import { Notifications } from '../database/notifications.js';
 import { EventLog, FencedError } from '../event-log/event-log.js';
 import type { ExecutionEnd } from '../event-log/event-log.js';
 import { Metrics } from '../metrics.js';
+import { Repeat } from '../repeat.js';
 
 /** Where it is said which execution is to be cancelled, with its id. */
 const CANCEL_CHANNEL = 'agent_studio_cancel';
@@ -42,8 +43,13 @@ export class RunningExecutions implements OnApplicationShutdown {
   private readonly runs = new Map<string, Run>();
   /** Before it, clients may not have found this server: nobody counts as missing for longer. */
   private readonly startedAt = new Date();
-  private poll: NodeJS.Timeout | undefined;
-  private closed = false;
+  private readonly polls = new Repeat(
+    async () => {
+      await this.findCancelled();
+      if (this.runs.size === 0) return false;
+    },
+    { everyMs: CANCEL_POLL_MS, onError: (error) => this.logger.warn(error) },
+  );
 
   constructor(
     private readonly pool: Pool,
@@ -56,8 +62,7 @@ export class RunningExecutions implements OnApplicationShutdown {
 
   /** Late: what still runs during the shutdown can be cancelled. */
   onApplicationShutdown(): void {
-    this.closed = true;
-    clearTimeout(this.poll);
+    void this.polls.stop();
   }
 
   /** Makes a run known until `remove`; the signal aborts with a {@link CancelledError}. */
@@ -66,7 +71,7 @@ export class RunningExecutions implements OnApplicationShutdown {
     this.runs.set(execution_id, { controller, graceMs: null });
     if (cancel_requested_at) this.stop(execution_id);
     this.metrics.runningExecutions.set(this.runs.size);
-    this.poll ??= this.schedulePoll();
+    this.polls.start();
     return controller.signal;
   }
 
@@ -108,15 +113,6 @@ export class RunningExecutions implements OnApplicationShutdown {
     } catch (error) {
       if (!(error instanceof FencedError)) throw error;
     }
-  }
-
-  private schedulePoll(): NodeJS.Timeout | undefined {
-    if (this.closed) return undefined;
-    return setTimeout(() => {
-      this.findCancelled()
-        .catch((error: unknown) => this.logger.warn(error))
-        .finally(() => (this.poll = this.runs.size > 0 ? this.schedulePoll() : undefined));
-    }, CANCEL_POLL_MS);
   }
 
   private async findCancelled(runs = [...this.runs]): Promise<void> {

@@ -4,6 +4,7 @@ import { Injectable, Logger } from '@nestjs/common';
 import type { OnApplicationShutdown } from '@nestjs/common';
 import type { Response } from 'express';
 import { Pool } from 'pg';
+import { Repeat } from '../repeat.js';
 import { IS_UNFINISHED } from './status.js';
 
 /** How soon a client that came or left is counted in the database. Streams shorter than that cost one statement, not two. */
@@ -96,9 +97,15 @@ export class Subscribers implements OnApplicationShutdown {
   private readonly self = randomUUID();
   private readonly counts = new Map<string, number>();
   private readonly changed = new Set<string>();
-  private timer: NodeJS.Timeout | undefined;
-  private dueAt = Infinity;
-  private writing: Promise<void> | undefined;
+  /** While somebody is counted, and only then, it goes on. */
+  private readonly writes = new Repeat(
+    async () => {
+      await this.write();
+      if (this.changed.size > 0) return WRITE_DELAY_MS;
+      if (this.counts.size === 0) return false;
+    },
+    { everyMs: BEAT_MS, onError: (error) => this.logger.warn(error) },
+  );
   private lastBeat = -Infinity;
   private closed = false;
 
@@ -107,8 +114,7 @@ export class Subscribers implements OnApplicationShutdown {
   /** After the streams have ended: nothing of this process is left in the database. */
   async onApplicationShutdown(): Promise<void> {
     this.closed = true;
-    clearTimeout(this.timer);
-    await this.writing;
+    await this.writes.stop();
     if (this.lastBeat === -Infinity) return;
     for (const executionId of this.counts.keys()) this.changed.add(executionId);
     this.counts.clear();
@@ -150,30 +156,7 @@ export class Subscribers implements OnApplicationShutdown {
     if (count > 0) this.counts.set(executionId, count);
     else this.counts.delete(executionId);
     this.changed.add(executionId);
-    this.schedule(WRITE_DELAY_MS);
-  }
-
-  /** While somebody is counted, and only then, there is a timer. */
-  private schedule(ms: number): void {
-    const dueAt = performance.now() + ms;
-    if (this.closed || this.writing || dueAt >= this.dueAt) return;
-    this.dueAt = dueAt;
-    clearTimeout(this.timer);
-    this.timer = setTimeout(() => {
-      this.dueAt = Infinity;
-      this.writing = this.write()
-        .then(
-          () => (this.changed.size > 0 ? WRITE_DELAY_MS : BEAT_MS),
-          (error: unknown) => {
-            this.logger.warn(error);
-            return BEAT_MS;
-          },
-        )
-        .then((delay) => {
-          this.writing = undefined;
-          if (this.changed.size > 0 || this.counts.size > 0) this.schedule(delay);
-        });
-    }, ms);
+    if (!this.closed) this.writes.start(WRITE_DELAY_MS);
   }
 
   private async write(): Promise<void> {

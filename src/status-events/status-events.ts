@@ -5,6 +5,7 @@ import type { StatusEvent } from '../database/entities/status-event.entity.js';
 import { exclusively } from '../database/exclusively.js';
 import { LOCKS } from '../database/locks.js';
 import { isUnavailable, retryWhileUnavailable } from '../database/unavailable.js';
+import { Repeat } from '../repeat.js';
 import { IS_KEPT, LOOK, NUMBER_PENDING, READ, SNAPSHOT } from './statements.js';
 import type {
   SnapshotDeployment,
@@ -35,7 +36,16 @@ export class StatusEvents implements BeforeApplicationShutdown {
   private latest: { after: number; changes: StatusChange[] } | undefined;
   /** Snapshots that wait for their turn, by their filter: who asks for the same one meanwhile gets it, too. */
   private readonly snapshots = new Map<string, Promise<StatusSnapshot>>();
-  private poll: NodeJS.Timeout | undefined;
+  private readonly polls = new Repeat(
+    async () => {
+      await this.look();
+      if (this.waiting.size === 0) return false;
+    },
+    {
+      everyMs: POLL_MS,
+      onError: (error) => this.logger[isUnavailable(error) ? 'debug' : 'error'](error),
+    },
+  );
   private turn: Promise<unknown> = Promise.resolve();
   private closed = false;
 
@@ -44,7 +54,7 @@ export class StatusEvents implements BeforeApplicationShutdown {
   /** Ends every reader, those to come included. */
   beforeApplicationShutdown(): void {
     this.closed = true;
-    clearTimeout(this.poll);
+    void this.polls.stop();
     this.wake();
   }
 
@@ -146,21 +156,8 @@ export class StatusEvents implements BeforeApplicationShutdown {
       const timer = setTimeout(() => settle(false), options.idleMs);
       options.signal.addEventListener('abort', wake);
       this.waiting.add(wake);
-      this.schedulePoll();
+      this.polls.start();
     });
-  }
-
-  private schedulePoll(): void {
-    this.poll ??= setTimeout(() => {
-      this.look()
-        .catch((error: unknown) =>
-          isUnavailable(error) ? this.logger.debug(error) : this.logger.error(error),
-        )
-        .finally(() => {
-          this.poll = undefined;
-          if (this.waiting.size > 0 && !this.closed) this.schedulePoll();
-        });
-    }, POLL_MS);
   }
 
   /** Finds out how far the changes go, and keeps the newest for all readers that had what came before. */

@@ -1,3 +1,4 @@
+import { setImmediate as nextTurn } from 'node:timers/promises';
 import { Inject, Injectable, Logger } from '@nestjs/common';
 import type { BeforeApplicationShutdown } from '@nestjs/common';
 import type { IncomingMessage } from 'node:http';
@@ -6,6 +7,7 @@ import type { WebSocket } from 'ws';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { Metrics } from '../metrics.js';
+import { Repeat } from '../repeat.js';
 import { ClientConnection } from './client-connection.js';
 import { Pulse } from './pulse.js';
 import { DRAIN_MS } from './upgrade.js';
@@ -21,18 +23,24 @@ interface OpenConnection {
 export class Connections implements BeforeApplicationShutdown {
   private readonly logger = new Logger('WebSocket');
   private readonly open = new Set<OpenConnection>();
-  private timer: NodeJS.Timeout | undefined;
+  private readonly beats: Repeat;
   /** No WebSocket is opened any more. */
   draining = false;
 
   constructor(
     @Inject(CONFIG) private readonly config: ServerConfig,
     private readonly metrics: Metrics,
-  ) {}
+  ) {
+    this.beats = new Repeat(() => this.beat(), {
+      everyMs: config.HEARTBEAT_INTERVAL_MS,
+      onError: (error) => this.logger.error(error),
+    });
+  }
 
   /** In the same phase in which streams of events end. The clients go on at another process. */
   async beforeApplicationShutdown(): Promise<void> {
     this.draining = true;
+    void this.beats.stop();
     const reason = 'The server shuts down. Connect again and subscribe with "after".';
     await Promise.all([...this.open].map(({ client }) => client.drain(1001, reason)));
   }
@@ -49,7 +57,7 @@ export class Connections implements BeforeApplicationShutdown {
     const since = performance.now();
     this.open.add(connection);
     this.metrics.openWebSockets.inc();
-    this.timer ??= setInterval(() => this.beat(), this.config.HEARTBEAT_INTERVAL_MS);
+    this.beats.start();
 
     webSocket.on('ping', (payload) => {
       pulse.hear();
@@ -100,13 +108,12 @@ export class Connections implements BeforeApplicationShutdown {
     connection.client.leave();
     this.open.delete(connection);
     this.metrics.openWebSockets.dec();
-    if (this.open.size > 0) return;
-    clearInterval(this.timer);
-    this.timer = undefined;
   }
 
   /** What came while the process was held up is read before anybody is judged. */
-  private beat(): void {
-    setImmediate(() => this.open.forEach(({ pulse }) => pulse.beat()));
+  private async beat(): Promise<false | void> {
+    await nextTurn();
+    this.open.forEach(({ pulse }) => pulse.beat());
+    if (this.open.size === 0) return false;
   }
 }
