@@ -13,7 +13,7 @@ import { isUnavailable } from '../database/unavailable.js';
 import { ChunkSerializer } from '../event-log/chunk.js';
 import type { ItemCounts } from '../event-log/chunk.js';
 import { MergedLog } from '../event-log/merged-log.js';
-import { ExecutionEnds } from '../executions/execution-ends.js';
+import { ExecutionEnds } from '../executions/ends.js';
 import { ExecutionsAdmission } from '../executions/executions.admission.js';
 import { executionLinks } from '../executions/executions.dto.js';
 import { RunningExecutions } from '../executions/running-executions.js';
@@ -135,7 +135,7 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
     private readonly running: RunningExecutions,
     private readonly admission: ExecutionsAdmission,
     @Inject(CONFIG) private readonly config: ServerConfig,
-    ends: ExecutionEnds,
+    private readonly ends: ExecutionEnds,
   ) {
     // If it fails, a worker carries the batch on when it looks next.
     ends.handle(({ batch_id }) => {
@@ -195,8 +195,7 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
     const unbegun = stopped.filter(isUnbegun);
     const begun = stopped.filter((item) => !unbegun.includes(item));
     this.running.cancel(begun.map(({ execution_id }) => execution_id));
-    await Promise.all(unbegun.map((item) => this.running.end(item, 1, { status: 'cancelled' })));
-    new Set(unbegun.map(({ deployment_id }) => deployment_id)).forEach((id) => this.admission.release(id));
+    await Promise.all(unbegun.map((item) => this.ends.end(item, { status: 'cancelled' })));
     return [...new Set(unbegun.map(({ batch_id }) => batch_id ?? ''))];
   }
 

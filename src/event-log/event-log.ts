@@ -69,6 +69,9 @@ export abstract class EventLog {
   /** Takes over the log of an execution; the caller has just made `owner.fence` the execution's. */
   abstract open(owner: LogOwner): LogWriter;
 
+  /** Yields what the log of an execution holds now, in pieces, from its first chunk. Rejects as pg does. */
+  abstract stored(executionId: string): AsyncGenerator<LogBatch, void, void>;
+
   /**
    * Yields everything after sequence `after`, first what is stored, then what is committed while it reads, and returns
    * after the terminal chunk. It reads on only when asked for the next batch, so a slow reader holds one batch at most.

@@ -104,6 +104,15 @@ export class PostgresEventLog
     return new ExecutionLogWriter(owner, this);
   }
 
+  async *stored(executionId: string): AsyncGenerator<LogBatch, void, void> {
+    for (let after = 0; ;) {
+      const [found] = await this.readStored([{ executionId, after }]);
+      if (!found?.batch) return;
+      yield found.batch;
+      after = found.batch.last;
+    }
+  }
+
   async *read(
     executionId: string,
     after: number,

@@ -10,9 +10,9 @@ import { AppError, toAppError, toErrorCode } from '../errors.js';
 import type { StepProgress } from '../event-log/chunk.js';
 import { FencedError } from '../event-log/event-log.js';
 import type { EventLog, ExecutionEnd, LogWriter } from '../event-log/event-log.js';
-import type { Metrics } from '../metrics.js';
 import type { ModelRegistry } from '../models/model-registry.js';
 import { LockLostError } from '../queue/execution-queue.js';
+import type { ExecutionEnds } from './ends.js';
 import { CancelledError } from './running-executions.js';
 import { isCheckpoint } from './status.js';
 import type { StepStore } from './step-store.js';
@@ -30,7 +30,7 @@ export interface ExecutionRunOptions {
   log: EventLog;
   models: ModelRegistry;
   steps: StepStore;
-  metrics: Metrics;
+  ends: ExecutionEnds;
   /** Seconds, where the deployment has no limit of its own. */
   defaultTimeoutS: number;
 }
@@ -63,7 +63,8 @@ export class ExecutionRun implements RunObserver {
     if (signals.some((signal) => signal.aborted)) onAbort();
     const timeout = this.startTimeout(stop);
     try {
-      this.writeRestarts();
+      // One that ends at once takes nothing back.
+      if (!stop.signal.aborted) this.writeRestarts();
       const outcome = await this.runGraph(stop.signal);
       const reason: unknown = stop.signal.reason;
       if (reason instanceof FencedError || reason instanceof LockLostError) throw reason;
@@ -188,31 +189,25 @@ export class ExecutionRun implements RunObserver {
   }
 
   private startTimeout(stop: AbortController): NodeJS.Timeout {
-    const { execution, revision, defaultTimeoutS } = this.options;
-    const asked = execution.input.runtime_overrides.timeout;
-    const seconds = typeof asked === 'number' ? asked : (revision.runtime_config.timeout ?? defaultTimeoutS);
-    const spent = Date.now() - (execution.started_at ?? new Date()).getTime();
-    const reason = new AppError('timeout', `The execution took longer than its limit of ${seconds} s.`);
-    return setTimeout(() => stop.abort(reason), Math.max(0, seconds * 1000 - spent));
+    const { reason, remainingMs } = timeLimit(this.options);
+    return setTimeout(() => stop.abort(reason), Math.max(0, remainingMs));
   }
 
   private async finish(outcome: RunOutcome, reason: unknown): Promise<void> {
     await this.allSaved();
-    const end: ExecutionEnd = {
-      ...endOf(outcome, reason),
-      response: outcome.response,
-      ...outcome.usage,
-      first_chunk_at: this.writer.firstContentAt,
-    };
-    const state = await this.writer.finish(end);
-    const { metrics, execution } = this.options;
-    metrics.executions.inc({ state });
-    metrics.executionDuration.observe({ state }, (Date.now() - execution.created_at.getTime()) / 1000);
-    if (end.first_chunk_at) {
-      metrics.timeToFirstChunk.observe(
-        (end.first_chunk_at.getTime() - execution.created_at.getTime()) / 1000,
-      );
+    const { execution, revision, ends } = this.options;
+    const end = { ...endOf(outcome, reason), response: outcome.response, ...outcome.usage };
+    // An earlier attempt may have said more than this one knows of.
+    if (execution.attempt > 1 && end.status !== 'completed') {
+      await this.writer.flush();
+      end.response = await ends.saidSoFar(execution);
     }
+    await ends.endRun(execution, {
+      ...end,
+      first_chunk_at: this.writer.firstContentAt,
+      writer: this.writer,
+      isLimited: revision.runtime_config.max_concurrency !== undefined,
+    });
   }
 
   /** @param logged resolves once what the step said is in the log, with the sequence of its last chunk */
@@ -246,6 +241,22 @@ export class ExecutionRun implements RunObserver {
     };
     this.writer.append({ type: 'progress', data, agent_id: step.agent_id });
   }
+}
+
+/** How long an execution may still run, and why it ends after that. The time of earlier attempts counts. */
+export function timeLimit({
+  execution,
+  revision,
+  defaultTimeoutS,
+}: Pick<ExecutionRunOptions, 'execution' | 'revision' | 'defaultTimeoutS'>): {
+  reason: AppError;
+  remainingMs: number;
+} {
+  const asked = execution.input.runtime_overrides.timeout;
+  const seconds = typeof asked === 'number' ? asked : (revision.runtime_config.timeout ?? defaultTimeoutS);
+  const spentMs = Date.now() - (execution.started_at ?? new Date()).getTime();
+  const reason = new AppError('timeout', `The execution took longer than its limit of ${seconds} s.`);
+  return { reason, remainingMs: seconds * 1000 - spentMs };
 }
 
 const NO_USAGE = { input_tokens: 0, output_tokens: 0 };

@@ -9,7 +9,7 @@ import { QueueModule } from '../queue/queue.module.js';
 import { ExecutionsAcceptance } from './executions.acceptance.js';
 import { ExecutionsAdmission } from './executions.admission.js';
 import { StatusEventsModule } from '../status-events/status-events.module.js';
-import { ExecutionEnds } from './execution-ends.js';
+import { ExecutionEnds } from './ends.js';
 import { ExecutionStreams } from './execution.stream.js';
 import { ExecuteController, ExecutionsController } from './executions.controller.js';
 import { ExecutionsReader } from './executions.reader.js';

@@ -5,11 +5,10 @@ import { validate as isUuid } from 'uuid';
 import type { Execution } from '../database/entities/execution.entity.js';
 import { AppError, toErrorCode } from '../errors.js';
 import { EventLog } from '../event-log/event-log.js';
-import { ExecutionEnds } from './execution-ends.js';
+import { ExecutionEnds } from './ends.js';
 import { ExecutionsAcceptance } from './executions.acceptance.js';
 import { ExecutionAcceptedDto, ExecutionDto, executionLinks } from './executions.dto.js';
 import type { ExecuteDto, ExecuteResponseDto } from './executions.dto.js';
-import { ExecutionsAdmission } from './executions.admission.js';
 import { ExecutionsReader } from './executions.reader.js';
 import { RunningExecutions } from './running-executions.js';
 import { Subscribers, onceOver } from './subscribers.js';
@@ -34,7 +33,6 @@ export class ExecutionsService {
     private readonly log: EventLog,
     private readonly reader: ExecutionsReader,
     private readonly running: RunningExecutions,
-    private readonly admission: ExecutionsAdmission,
     private readonly ends: ExecutionEnds,
     private readonly subscribers: Subscribers,
   ) {}
@@ -80,9 +78,7 @@ export class ExecutionsService {
       const [requested] = rows;
       // One that was taken up before has more than its first chunk; the worker that gets it ends it.
       if (requested && isUnbegun(requested)) {
-        await this.running.end(requested, 1, { status: 'cancelled' });
-        this.admission.release(requested.deployment_id);
-        this.ends.tell(requested);
+        await this.ends.end(requested, { status: 'cancelled' });
       }
       if (requested) {
         this.running.cancel([requested.execution_id]);

@@ -6,6 +6,7 @@ import type { ServerConfig } from '../config.js';
 import { ExecutionQueue } from '../queue/execution-queue.js';
 import { Repeat } from '../repeat.js';
 import { StatusEvents } from '../status-events/status-events.js';
+import { ExecutionEnds } from './ends.js';
 import { Retention } from './retention.js';
 import { Subscribers } from './subscribers.js';
 import { IS_UNFINISHED } from './status.js';
@@ -14,6 +15,8 @@ const SWEEP_MS = 10_000;
 /** Soon after the start: perhaps the whole system was down. */
 const FIRST_SWEEP_MS = 1000;
 const PAGE = 500;
+/** Between two searches for steps that were left running. */
+const CLOSE_STEPS_MS = 3_600_000;
 
 /** How many executions must be in the queue. */
 const COUNT_UNFINISHED = {
@@ -35,6 +38,7 @@ const UNFINISHED = {
 @Injectable()
 export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy {
   private readonly logger = new Logger(ExecutionsSweep.name);
+  private nextCloseAt = -Infinity;
   private readonly sweeps = new Repeat((signal) => this.sweep(signal), {
     everyMs: SWEEP_MS,
     onError: (error) => this.logger.error(error),
@@ -47,6 +51,7 @@ export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy 
     private readonly subscribers: Subscribers,
     private readonly statusEvents: StatusEvents,
     private readonly retention: Retention,
+    private readonly ends: ExecutionEnds,
   ) {}
 
   onApplicationBootstrap(): void {
@@ -63,12 +68,20 @@ export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy 
       () => this.subscribers.forgetDead(),
       () => this.statusEvents.number(),
       () => this.retention.expire(signal),
+      () => this.closeLeftSteps(signal),
     ];
     // One that fails keeps none of the others from being done.
     for (const task of tasks) {
       if (signal.aborted) return;
       await task().catch((error: unknown) => this.logger.warn(error));
     }
+  }
+
+  /** The whole table is looked through, so seldom: as long as processes of an earlier build run beside, there may be new ones. */
+  private async closeLeftSteps(signal: AbortSignal): Promise<void> {
+    if (performance.now() < this.nextCloseAt) return;
+    await this.ends.closeLeftSteps(signal);
+    this.nextCloseAt = performance.now() + CLOSE_STEPS_MS;
   }
 
   /**

@@ -12,12 +12,10 @@ import { DeploymentsService } from '../deployments/deployments.service.js';
 import type { CompiledRevision } from '../deployments/deployments.service.js';
 import { AppError } from '../errors.js';
 import { EventLog, FencedError } from '../event-log/event-log.js';
-import { Metrics } from '../metrics.js';
 import { ModelRegistry } from '../models/model-registry.js';
 import { ExecutionQueue, LockLostError } from '../queue/execution-queue.js';
-import { ExecutionEnds } from './execution-ends.js';
-import { ExecutionsAdmission } from './executions.admission.js';
-import { ExecutionRun } from './execution-run.js';
+import { ExecutionEnds } from './ends.js';
+import { ExecutionRun, timeLimit } from './execution-run.js';
 import { RunningExecutions } from './running-executions.js';
 import { StepStore } from './step-store.js';
 import {
@@ -99,9 +97,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
     private readonly models: ModelRegistry,
     private readonly steps: StepStore,
     private readonly running: RunningExecutions,
-    private readonly admission: ExecutionsAdmission,
     private readonly ends: ExecutionEnds,
-    private readonly metrics: Metrics,
   ) {}
 
   onApplicationBootstrap(): void {
@@ -124,24 +120,20 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
   private async run(executionId: string, letGo: AbortSignal): Promise<void> {
     const execution = await this.claim(executionId, letGo);
     if (!execution) return;
-    const { log, models, steps, metrics } = this;
     const cancelled = this.running.add(execution);
     try {
-      const [revision, left] = await Promise.all([
-        this.findRevision(execution),
-        this.findLeftovers(execution),
-      ]);
-      if (revision instanceof AppError) {
-        const { code, message } = revision;
-        await this.running.end(execution, left.lastSequence, { status: 'error', code, error: message });
-        this.admission.release(execution.deployment_id);
-        this.ends.tell(execution);
-        return;
-      }
+      if (execution.cancel_requested_at)
+        return void (await this.ends.end(execution, { status: 'cancelled' }));
+      const revision = await this.findRevision(execution);
+      if (revision instanceof AppError) return await this.endWith(execution, revision);
+      const limit = timeLimit({ execution, revision, defaultTimeoutS: this.config.EXECUTION_TIMEOUT_S });
+      // What is over at its beginning takes nothing back of what earlier attempts said.
+      if (limit.remainingMs <= 0) return await this.endWith(execution, limit.reason);
       if (execution.input.on_disconnect === 'cancel') {
         await this.running.cancelWhenAbandoned(executionId, revision.runtime_config.disconnect_grace_ms);
       }
-      const defaultTimeoutS = this.config.EXECUTION_TIMEOUT_S;
+      const left = await this.findLeftovers(execution);
+      const { log, models, steps, ends } = this;
       await new ExecutionRun({
         execution,
         revision,
@@ -150,21 +142,21 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
         log,
         models,
         steps,
-        metrics,
-        defaultTimeoutS,
+        ends,
+        defaultTimeoutS: this.config.EXECUTION_TIMEOUT_S,
       }).run({
         letGo,
         cancelled,
       });
-      if (revision.runtime_config.max_concurrency !== undefined) {
-        this.admission.release(execution.deployment_id);
-      }
-      this.ends.tell(execution);
     } catch (error) {
       throw await this.giveUp(execution, error);
     } finally {
       this.running.remove(executionId, cancelled);
     }
+  }
+
+  private async endWith(execution: Execution, { code, message }: AppError): Promise<void> {
+    await this.ends.end(execution, { status: 'error', code, error: message });
   }
 
   /**

@@ -3,8 +3,6 @@ import type { OnApplicationShutdown } from '@nestjs/common';
 import { Pool } from 'pg';
 import type { Execution } from '../database/entities/execution.entity.js';
 import { Notifications } from '../database/notifications.js';
-import { EventLog, FencedError } from '../event-log/event-log.js';
-import type { ExecutionEnd } from '../event-log/event-log.js';
 import { Metrics } from '../metrics.js';
 import { Repeat } from '../repeat.js';
 
@@ -53,7 +51,6 @@ export class RunningExecutions implements OnApplicationShutdown {
 
   constructor(
     private readonly pool: Pool,
-    private readonly log: EventLog,
     private readonly metrics: Metrics,
     private readonly notifications: Notifications,
   ) {
@@ -98,21 +95,6 @@ export class RunningExecutions implements OnApplicationShutdown {
 
   private stop(executionId: string): void {
     this.runs.get(executionId)?.controller.abort(new CancelledError('The execution was cancelled.'));
-  }
-
-  /** Ends an execution that is not run. Does nothing if a worker took it over at this moment: that one goes on with it. */
-  async end(
-    execution: Execution,
-    lastSequence: number,
-    end: Pick<ExecutionEnd, 'status' | 'code' | 'error'>,
-  ): Promise<void> {
-    const writer = this.log.open({ ...execution, last_sequence: lastSequence });
-    try {
-      const state = await writer.finish({ ...end, response: '', input_tokens: 0, output_tokens: 0 });
-      this.metrics.executions.inc({ state });
-    } catch (error) {
-      if (!(error instanceof FencedError)) throw error;
-    }
   }
 
   private async findCancelled(runs = [...this.runs]): Promise<void> {
