@@ -14,6 +14,16 @@ const POSITIONS_PER_PAYLOAD = 160;
 const BEAT_MS = 2000;
 /** A process that was silent for this long is taken for gone. */
 const PEER_SILENCE_MS = 3 * BEAT_MS;
+/** Processes that are known at once. There are never so many: it bounds what others who may send notifications can do. */
+const MOST_PEERS = 1000;
+/** Positions that wait for a connection which does not take them. The poll of those who read finds what is beyond. */
+const MOST_UNSENT = 20_000;
+/** Logs that one statement of the poll asks for. */
+const POLLED_AT_ONCE = 1000;
+
+/** A process's id, and positions as they are written here: anything else is not from us, and says nothing. */
+const SENDER = /^[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}$/;
+const POSITION = /^(?<executionId>[\da-f-]{36}):(?<last>[1-9]\d{0,8})$/;
 
 export interface LogPosition {
   executionId: string;
@@ -34,7 +44,7 @@ export class LogNotifier implements OnModuleInit, OnApplicationShutdown {
   private readonly unsent = new Map<string, number>();
   private mustGreet = false;
   private sending: Promise<void> | undefined;
-  private readonly beats = new Repeat(() => this.onBeat(), {
+  private readonly beats = new Repeat((signal) => this.onBeat(signal), {
     everyMs: BEAT_MS,
     onError: (error) => this.logger.warn(error),
   });
@@ -51,7 +61,7 @@ export class LogNotifier implements OnModuleInit, OnApplicationShutdown {
   }
 
   async onModuleInit(): Promise<void> {
-    await this.greet();
+    await this.greet().catch((error: unknown) => this.logger.warn(error)); // the next beat greets again
     this.beats.start();
   }
 
@@ -62,7 +72,9 @@ export class LogNotifier implements OnModuleInit, OnApplicationShutdown {
   /** Tells the other processes, if there are any, how far some logs go. It does not wait, and a failure is made up for. */
   announce(positions: LogPosition[]): void {
     if (positions.length === 0 || !this.hasPeers()) return;
-    for (const { executionId, last } of positions) this.unsent.set(executionId, last);
+    for (const { executionId, last } of positions) {
+      if (this.unsent.size < MOST_UNSENT || this.unsent.has(executionId)) this.unsent.set(executionId, last);
+    }
     this.send().catch((error: unknown) => this.logger.debug(error));
   }
 
@@ -94,30 +106,40 @@ export class LogNotifier implements OnModuleInit, OnApplicationShutdown {
   }
 
   private receive(payload: string): void {
-    const space = payload.indexOf(' ');
-    const sender = payload.slice(0, space);
-    if (sender === this.self) return;
+    const [sender = '', positions = ''] = payload.split(' ');
+    if (sender === this.self || !SENDER.test(sender)) return;
     const isNew = !this.peers.has(sender);
+    if (isNew && this.peers.size >= MOST_PEERS) return;
     this.peers.set(sender, Date.now());
     // So that a newcomer does not have to wait for the next beat to learn that it is not alone.
     if (isNew) this.greet().catch((error: unknown) => this.logger.debug(error));
-    if (space === payload.length - 1) return;
-    for (const position of payload.slice(space + 1).split(',')) {
-      const colon = position.indexOf(':');
-      this.subscriptions.announce(position.slice(0, colon), Number(position.slice(colon + 1)));
+    for (const position of positions.split(',')) {
+      const { executionId, last } = POSITION.exec(position)?.groups ?? {};
+      if (executionId) this.subscriptions.announce(executionId, Number(last));
     }
   }
 
   private hasPeers(): boolean {
-    const oldest = Date.now() - PEER_SILENCE_MS;
-    for (const [peer, heard] of this.peers) if (heard < oldest) this.peers.delete(peer);
+    this.forgetSilent();
     return this.peers.size > 0;
   }
 
-  private async onBeat(): Promise<void> {
-    await this.greet();
+  private forgetSilent(): void {
+    const oldest = Date.now() - PEER_SILENCE_MS;
+    for (const [peer, heard] of this.peers) if (heard < oldest) this.peers.delete(peer);
+  }
+
+  private async onBeat(signal: AbortSignal): Promise<void> {
+    this.forgetSilent(); // also where nothing is ever announced
+    await this.greet().catch((error: unknown) => this.logger.warn(error));
     const executionIds = this.subscriptions.executionIds();
-    if (executionIds.length === 0) return;
+    for (let start = 0; start < executionIds.length && !signal.aborted; start += POLLED_AT_ONCE) {
+      await this.poll(executionIds.slice(start, start + POLLED_AT_ONCE));
+    }
+  }
+
+  /** Asks how far some logs go, as if it had been announced. */
+  private async poll(executionIds: string[]): Promise<void> {
     const { rows } = await this.pool.query<{ execution_id: string; last_sequence: number }>({
       ...POSITIONS,
       values: [executionIds],

@@ -1,5 +1,6 @@
 import type { Pool } from 'pg';
 import type { SessionConnection } from '../database/session-connection.js';
+import { lastOf, unseen } from './statements.js';
 
 /** Consecutive chunks of one member: 0 is the batch itself, the others are its items in their order. */
 export interface Range {
@@ -23,16 +24,22 @@ export const END_PARTS = `0:${LAST_OF_BATCH}-${LAST_OF_BATCH}`;
 /**
  * Whoever inserts the row that begins at a position decides what comes there, so that processes need no lock between them.
  * The others find it taken, and read it. It must follow the row before it: a crash of PostgreSQL can take the last rows away.
+ * And the logs must hold its ranges, whatever was heard of them: a reader would wait for the chunks of any other for ever.
  * Batches are in the order of their ids, so that two processes can't wait for each other.
  */
 const APPEND = {
   name: 'batch-order-append',
   text: `
+    WITH unwritten AS MATERIALIZED (
+      SELECT number FROM unnest(${unseen('$6::int[]')}, ${unseen('$7::uuid[]')}, ${unseen('$8::int[]')})
+                           AS range (number, execution_id, last)
+       WHERE range.last > ${lastOf('range.execution_id')})
     INSERT INTO batch_order (batch_id, first_position, last_position, parts, merged)
     SELECT batch_id, first_position, last_position, parts, merged::int[]
-      FROM unnest($1::uuid[], $2::int[], $3::int[], $4::text[], $5::text[])
-           AS row (batch_id, first_position, last_position, parts, merged)
-     WHERE row.first_position - 1 = coalesce((
+      FROM unnest(${unseen('$1::uuid[]')}, ${unseen('$2::int[]')}, ${unseen('$3::int[]')}, ${unseen('$4::text[]')},
+             ${unseen('$5::text[]')})
+           WITH ORDINALITY AS row (batch_id, first_position, last_position, parts, merged, number)
+     WHERE row.number NOT IN (SELECT number FROM unwritten) AND row.first_position - 1 = coalesce((
              SELECT before.last_position FROM batch_order AS before
               WHERE before.batch_id = row.batch_id AND before.first_position < row.first_position
               ORDER BY before.first_position DESC LIMIT 1), 0)
@@ -74,9 +81,17 @@ interface StoredRow {
   parts: string;
 }
 
+/** How far the stored order of a batch goes, and whether its last row is the end. */
+export interface OrderEnd {
+  position: number;
+  isFinal: boolean;
+}
+
 /** A row that is to be appended. */
 export interface NewOrderRow extends OrderRow {
   batchId: string;
+  /** Logs of the batch itself and of its items. */
+  members: string[];
   /** How far each member is merged with this row; with some rows only. */
   merged: number[] | undefined;
   /** Whether it is still wanted when its turn has come. */
@@ -85,19 +100,25 @@ export interface NewOrderRow extends OrderRow {
 
 /**
  * Appends rows of several batches in one statement. Answers for each whether it was appended: it was not if another process has
- * taken the position, it is there already, the row before it is lost, or nobody wants it any more.
+ * taken the position, it is there already, the row before it is lost, a log does not go so far, or nobody wants it any more.
  *
  * @param session as long as it lasts, PostgreSQL has not crashed, and what was known of the order holds
  */
 export async function appendRows(session: SessionConnection, asked: NewOrderRow[]): Promise<boolean[]> {
   const rows = asked.filter(({ signal }) => !signal.aborted);
   if (rows.length === 0) return asked.map(() => false);
+  const ranges = rows.flatMap(({ members, ranges }, index) =>
+    ranges.map(({ member, last }) => ({ number: index + 1, log: members[member], last })),
+  );
   const values = [
     rows.map(({ batchId }) => batchId),
     rows.map(({ first_position }) => first_position),
     rows.map(({ last_position }) => last_position),
     rows.map(({ ranges }) => ranges.map(({ member, first, last }) => `${member}:${first}-${last}`).join()),
     rows.map(({ merged }) => (merged ? `{${merged.join()}}` : null)),
+    ranges.map(({ number }) => number),
+    ranges.map(({ log }) => log),
+    ranges.map(({ last }) => last),
   ];
   const stored = await session.query<{ batch_id: string }>({ ...APPEND, values });
   const appended = new Set(stored.rows.map(({ batch_id }) => batch_id));
@@ -130,13 +151,13 @@ export class MergedOrder {
     const { rows } = await this.pool.query<StoredRow>({ ...AFTER, values: [this.batchId, position, most] });
     return rows.filter((row) => row.last_position > position).map(orderRowOf);
   }
+
+  end(): Promise<OrderEnd> {
+    return endOfOrder(this.pool, this.batchId);
+  }
 }
 
-/** How far the stored order of a batch goes, and whether its last row is the end. */
-export async function endOfOrder(
-  pool: Pool,
-  batchId: string,
-): Promise<{ position: number; isFinal: boolean }> {
+export async function endOfOrder(pool: Pool, batchId: string): Promise<OrderEnd> {
   const { rows } = await pool.query<StoredRow>({ ...END, values: [batchId] });
   const [newest] = rows;
   return { position: newest?.last_position ?? 0, isFinal: newest?.parts === END_PARTS };

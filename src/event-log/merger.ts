@@ -140,19 +140,18 @@ export class Merger {
   }
 
   private async merge(): Promise<void> {
-    const isEnding = this.known[0] === LAST_OF_BATCH && !this.sawAll;
+    const isEnding = (this.known[0] ?? 0) >= LAST_OF_BATCH && !this.sawAll;
     if ((this.mustLook || isEnding) && !(await this.look())) return;
     const row = this.compose();
     if (!row) return;
-    const { order, append, readers, batchId } = this.options;
+    const { order, append, readers, batchId, members } = this.options;
     const isCheckpoint = this.rowsSinceCheckpoint + 1 >= CHECKPOINT_ROWS;
     const merged = isCheckpoint ? this.mergedWith(row) : undefined;
-    const isFirst = await append({ ...row, batchId, merged, signal: this.stopped.signal });
+    const isFirst = await append({ ...row, batchId, members, merged, signal: this.stopped.signal });
     if (this.stopped.signal.aborted) return;
     const chunks = isFirst ? this.waiting.find(row.ranges) : undefined;
     const rows = isFirst ? [row] : await order.after(this.position);
-    // A crash of PostgreSQL took back what was stored: begin anew.
-    if (rows.length === 0) return this.options.onFailure();
+    if (rows.length === 0) return this.refused();
     this.apply(rows);
     if (isFirst && isCheckpoint) this.rowsSinceCheckpoint = 0;
     if (chunks) {
@@ -163,6 +162,16 @@ export class Merger {
       readers.announce(batchId, this.position);
     }
     if (this.due.size > 0) this.request();
+  }
+
+  /** Nobody has taken the position, and the row was not appended all the same. */
+  private async refused(): Promise<void> {
+    const { position } = await this.options.order.end();
+    // A crash of PostgreSQL took back what was stored: begin anew.
+    if (position < this.position) return this.options.onFailure();
+    // What was heard of the logs was wrong.
+    this.mustLook = true;
+    this.request();
   }
 
   /** Asks the table how far the members' logs go. @returns false if some were deleted */

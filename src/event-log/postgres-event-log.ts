@@ -16,6 +16,7 @@ import { follow } from './follow.js';
 import type { StoredChunks } from './follow.js';
 import { batchOf, join, trim } from './log-batch.js';
 import { LogNotifier } from './log-notifier.js';
+import type { LogPosition } from './log-notifier.js';
 import { LogSubscriptions } from './log-subscriptions.js';
 import { ExecutionLogWriter } from './log-writer.js';
 import type { LogWriterHost, PendingRow, WrittenEnd } from './log-writer.js';
@@ -224,6 +225,8 @@ export class PostgresEventLog
 
   private settle(rows: PendingRow[], written: Set<string>): void {
     const now = performance.now();
+    // Of a row that was refused nobody may hear: others would wait for chunks that never come.
+    const announced: LogPosition[] = [];
     let chunks = 0;
     for (const row of rows) {
       const { writer, batch, text } = row;
@@ -233,13 +236,12 @@ export class PostgresEventLog
       }
       chunks += batch.chunks.length;
       writer.lastFlush = now;
+      announced.push({ executionId: writer.owner.execution_id, last: batch.last });
       this.subscriptions.deliver(writer.owner.execution_id, batch, text.length);
       writer.committed(row);
     }
     this.metrics.logChunks.inc(chunks);
-    this.notifier.announce(
-      rows.map(({ writer, batch }) => ({ executionId: writer.owner.execution_id, last: batch.last })),
-    );
+    this.notifier.announce(announced);
   }
 
   private async commitEnds(asked: WriterEnd[]): Promise<(TerminalStatus | undefined)[]> {
@@ -264,7 +266,7 @@ export class PostgresEventLog
     ];
     const { rows } = await this.retried(() => this.pool.query<EndedRow>({ ...END, values }));
     const ended = new Map(rows.map((row) => [keyOf(row), row.status]));
-    const announced: { executionId: string; last: number }[] = [];
+    const announced: LogPosition[] = [];
     for (const { writer, end } of items) {
       const executionId = writer.owner.execution_id;
       const status = ended.get(keyOf(writer.owner));

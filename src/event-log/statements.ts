@@ -11,7 +11,7 @@ import {
  * A parameter that the planner does not look into. Else it takes the few items of its array for a reason to make a new plan at
  * each run, which costs several times what the statement itself does.
  */
-function unseen(parameter: string): string {
+export function unseen(parameter: string): string {
   return `(SELECT ${parameter})`;
 }
 
@@ -21,6 +21,13 @@ function lastBefore(executionId: string, sequence: string): string {
          SELECT before.last_sequence FROM execution_chunk AS before
           WHERE before.execution_id = ${executionId} AND before.first_sequence < ${sequence}
           ORDER BY before.first_sequence DESC LIMIT 1), 0)`;
+}
+
+/** How far the log of an execution goes; 0 if it is empty. */
+export function lastOf(executionId: string): string {
+  return `coalesce((
+         SELECT newest.last_sequence FROM execution_chunk AS newest
+          WHERE newest.execution_id = ${executionId} ORDER BY newest.first_sequence DESC LIMIT 1), 0)`;
 }
 
 /**
