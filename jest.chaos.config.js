@@ -1,6 +1,6 @@
 import base from './jest.config.js';
 
-const { testEnvironment, extensionsToTreatAsEsm, moduleNameMapper, transform } = base;
+const { testEnvironment, extensionsToTreatAsEsm, moduleNameMapper, transform, reporters } = base;
 
 /** The specs that depend on what carries the queue; the others run with it in PostgreSQL only. */
 const OF_THE_QUEUE = ['accepted', 'crash', 'limits', 'poison', 'redis', 'zombie'];
@@ -23,6 +23,7 @@ export default {
     { ...project('postgres', ['**/*.spec.ts']), testPathIgnorePatterns: ['/redis\\.spec\\.ts$'] },
     project('redis', [`**/(${OF_THE_QUEUE.join('|')}).spec.ts`]),
   ],
+  reporters,
   // Each file starts a dozen processes.
   maxWorkers: 1,
   // What a failed test has left waiting must not keep the run from its end; the processes end with it.

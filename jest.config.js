@@ -24,6 +24,7 @@ export default {
   },
   globalSetup: '<rootDir>/test/support/global-setup.mjs',
   globalTeardown: '<rootDir>/test/support/global-teardown.mjs',
+  reporters: ['default', '<rootDir>/test/support/inconclusive-reporter.mjs'],
   testTimeout: 60_000,
   maxWorkers: 2,
 };

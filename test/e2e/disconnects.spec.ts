@@ -1,11 +1,10 @@
 import { randomUUID } from 'node:crypto';
 import { connect } from 'node:net';
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { beforeAll, describe, expect, it } from '@jest/globals';
 import { Subscribers } from '../../src/executions/subscribers.js';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
-import { Studio, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
-import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
+import { chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { withStudio } from '../support/with-studio.js';
 
 interface ExecutionState {
   status: string;
@@ -16,32 +15,22 @@ interface ExecutionState {
 
 /** Lets the upstream's answer to a query come to its end. */
 const finish = new Map<string, () => void>();
-let upstream: Upstream;
-let env: Record<string, string>;
-let server: TestApp;
-let studio: Studio;
+const server = withStudio({
+  upstream: (response, { query }) => {
+    writeStream(response, chatDelta('so far'));
+    finish.set(query, () => {
+      writeStream(response, chatDelta(' so good'), chatEnd());
+      response.end();
+    });
+  },
+});
+const { studio, upstream } = server;
 let deployment: string;
 let impatient: string;
 
 beforeAll(async () => {
-  upstream = await Upstream.start((response, request) => {
-    writeStream(response, chatDelta('so far'));
-    const { content } = (request.body.messages as { content: string }[]).at(-1) ?? { content: '' };
-    finish.set(content, () => {
-      writeStream(response, chatDelta(' so good'), chatEnd());
-      response.end();
-    });
-  });
-  const provider = { type: 'openai-compatible', base_url: upstream.url };
-  env = { MODEL_PROVIDERS: JSON.stringify({ upstream: provider }) };
-  server = await startTestApp(env);
-  studio = new Studio(server.url);
   deployment = await studio.deploy(upstreamAgent());
   impatient = await studio.deploy(upstreamAgent(), { disconnect_grace_ms: 300 });
-});
-afterAll(async () => {
-  await server.close();
-  await upstream.stop();
 });
 
 const stateOf = async (id: string) => (await studio.json<ExecutionState>(`/api/executions/${id}`)).body;
@@ -208,8 +197,8 @@ describe('an execution that lost its clients', () => {
 it('leaves no count behind, and no process after its shutdown', async () => {
   const counted = () => server.database.query('SELECT 1 FROM execution_subscriber WHERE count > 0');
   await until(async () => (await counted()).length === 0);
-  const second = await startTestApp(env, server.database);
-  const stream = await new Studio(second.url).stream({
+  const second = await server.startAnother();
+  const stream = await second.studio.stream({
     deployment_name: await studio.deploy(upstreamAgent()),
     query: randomUUID(),
   });

@@ -2,55 +2,35 @@ import { randomUUID } from 'node:crypto';
 import { EventEmitter, once } from 'node:events';
 import type { ServerResponse } from 'node:http';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { beforeAll, describe, expect, it } from '@jest/globals';
 import fc from 'fast-check';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
 import { Answer } from '../support/execution-plans.js';
-import { Studio, echo, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
+import { echo, faultsOfStream, textOf, upstreamAgent } from '../support/studio.js';
 import type { Frame } from '../support/studio.js';
-import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { withStudio } from '../support/with-studio.js';
 import { WsClient } from '../support/ws-client.js';
 
 const RUNS = 60;
 /** Ends what hangs, so that fast-check gets to say how it can be repeated. */
 const LONGEST_SEARCH_MS = 100_000;
 
-let upstream: Upstream;
 /** By the query that is asked. */
 const answers = new Map<string, Answer>();
-let server: TestApp;
-let other: TestApp;
-let studio: Studio;
+const server = withStudio({
+  upstream: (response, { query }) =>
+    query.startsWith('gated') ? speakGated(response) : answers.get(query)?.give(response),
+  others: { other: { ROLE: 'api' } },
+  leavesNothing: true,
+});
+const { studio } = server;
+const { other } = server.others;
 let spoken: string;
 let echoed: string;
 
 beforeAll(async () => {
-  upstream = await Upstream.start((response, { body }) => {
-    const query = (body.messages as { content: string }[]).at(-1)?.content ?? '';
-    if (query.startsWith('gated')) return speakGated(response);
-    return answers.get(query)?.give(response);
-  });
-  const provider = { type: 'openai-compatible', base_url: upstream.url };
-  const env = { MODEL_PROVIDERS: JSON.stringify({ upstream: provider }) };
-  server = await startTestApp(env);
-  other = await startTestApp({ ...env, ROLE: 'api' }, server.database);
-  studio = new Studio(server.url);
   spoken = await studio.deploy(upstreamAgent());
   echoed = await studio.deploy(echo());
-});
-afterAll(async () => {
-  for (const at of [new Studio(server.url), new Studio(other.url)]) {
-    await until(async () => (await at.metric('agent_studio_open_websockets')) === 0);
-    expect(await at.metric('agent_studio_websocket_subscriptions')).toBe(0);
-  }
-  await until(async () => {
-    const counted = await server.database.query('SELECT 1 FROM execution_subscriber WHERE count > 0');
-    return counted.length === 0;
-  });
-  await other.close();
-  await server.close();
-  await upstream.stop();
 });
 
 const linesOf = (frames: Frame[]) => frames.map(({ id, data }) => `${id} ${data}`);

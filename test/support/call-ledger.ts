@@ -47,12 +47,21 @@ export class CallLedger {
   private readonly held = new Map<string, number | undefined>();
   private readonly released = new Set<string>();
 
-  private constructor(private readonly server: Upstream) {}
+  private readonly server = new Upstream((response, request) => this.answer(response, request));
 
   static async start(): Promise<CallLedger> {
-    const upstream = await Upstream.start((response, request) => ledger.answer(response, request));
-    const ledger = new CallLedger(upstream);
+    const ledger = new CallLedger();
+    await ledger.listen();
     return ledger;
+  }
+
+  listen(): Promise<void> {
+    return this.server.listen();
+  }
+
+  /** To be the `base_url` of a provider. */
+  get url(): string {
+    return this.server.url;
   }
 
   /** MODEL_PROVIDERS of the servers. */

@@ -9,23 +9,47 @@ export interface TestDatabase {
   drop(): Promise<void>;
 }
 
-/** A database of its own on the run's PostgreSQL. */
+/** A {@link TestDatabase} that is not made yet. */
+export interface NewTestDatabase extends TestDatabase {
+  create(): Promise<void>;
+}
+
+/** An empty database of its own on the run's PostgreSQL. */
 export async function createTestDatabase(): Promise<TestDatabase> {
-  const serverUrl = process.env.TEST_DATABASE_URL;
-  if (!serverUrl)
-    throw new Error(
-      'TEST_DATABASE_URL is set by test/support/global-setup.mjs; run the tests with jest.config.js.',
-    );
+  const database = newDatabase('');
+  await database.create();
+  return database;
+}
+
+/** One with the schema, as a server has left it that was started on it and stopped. */
+export async function createMigratedDatabase(): Promise<TestDatabase> {
+  const database = newMigratedDatabase();
+  await database.create();
+  return database;
+}
+
+export function newMigratedDatabase(): NewTestDatabase {
+  return newDatabase(`TEMPLATE ${variable('TEST_DATABASE_TEMPLATE')}`);
+}
+
+function newDatabase(options: string): NewTestDatabase {
+  const serverUrl = variable('TEST_DATABASE_URL');
   const name = `test_${randomUUID().replaceAll('-', '')}`;
-  await runStatement(serverUrl, `CREATE DATABASE ${name}`);
   const url = new URL(serverUrl);
   url.pathname = `/${name}`;
   return {
     url: url.href,
+    create: async () => void (await runStatement(serverUrl, `CREATE DATABASE ${name} ${options}`)),
     query: (text, values) => runStatement(url.href, text, values),
     whileLocked: (table, mode, work) => whileLocked(url.href, `LOCK TABLE ${table} IN ${mode} MODE`, work),
     drop: async () => void (await runStatement(serverUrl, `DROP DATABASE ${name} WITH (FORCE)`)),
   };
+}
+
+function variable(name: string): string {
+  const value = process.env[name];
+  if (value) return value;
+  throw new Error(`${name} is set by test/support/global-setup.mjs; run the tests with jest.config.js.`);
 }
 
 /** One statement on a connection of its own. */

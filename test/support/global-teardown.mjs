@@ -1,8 +1,9 @@
 import { rm } from 'node:fs/promises';
 
 export default async function globalTeardown() {
-  const { testPostgres } = globalThis;
-  if (!testPostgres) return;
-  await testPostgres.server.stop();
-  await rm(testPostgres.dataDir, { recursive: true, force: true });
+  const { server, dataDir, dropTemplate } = globalThis.testPostgres ?? {};
+  await dropTemplate?.();
+  if (!server) return;
+  await server.stop();
+  await rm(dataDir, { recursive: true, force: true });
 }

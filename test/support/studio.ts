@@ -12,7 +12,12 @@ let deployments = 0;
 
 /** A client of a running server, for tests. */
 export class Studio {
-  constructor(readonly url: string) {}
+  /** @param address the server's URL, or what gives it once the server is there */
+  constructor(private readonly address: string | (() => string)) {}
+
+  get url(): string {
+    return typeof this.address === 'string' ? this.address : this.address();
+  }
 
   async json<Body>(
     path: string,

@@ -8,6 +8,8 @@ export interface UpstreamRequest {
   path: string;
   headers: IncomingHttpHeaders;
   body: Record<string, unknown>;
+  /** The last message's text; "" where there is none. */
+  query: string;
   /** Resolves when the response is over: `true` if the client closed the connection before its end. */
   closed: Promise<boolean>;
 }
@@ -25,19 +27,23 @@ export class Upstream {
   private readonly open = new Set<Socket>();
   private readonly waiting: (() => void)[] = [];
 
-  private constructor(
-    private readonly server: Server,
-    private readonly answer: UpstreamAnswer,
-  ) {}
+  private readonly server: Server = createServer({ keepAliveTimeout: 60_000 });
+
+  /** It is to {@link listen} before it is asked. */
+  constructor(private readonly answer: UpstreamAnswer) {
+    this.server.on('connection', (socket: Socket) => this.accept(socket));
+    this.server.on('request', (request, response) => void this.handle(request, response));
+  }
 
   static async start(answer: UpstreamAnswer): Promise<Upstream> {
-    const server = createServer({ keepAliveTimeout: 60_000 });
-    const upstream = new Upstream(server, answer);
-    server.on('connection', (socket: Socket) => upstream.accept(socket));
-    server.on('request', (request, response) => void upstream.handle(request, response));
-    server.listen(0, '127.0.0.1');
-    await once(server, 'listening');
+    const upstream = new Upstream(answer);
+    await upstream.listen();
     return upstream;
+  }
+
+  async listen(): Promise<void> {
+    this.server.listen(0, '127.0.0.1');
+    await once(this.server, 'listening');
   }
 
   /** To be the `base_url` of a provider. */
@@ -76,10 +82,14 @@ export class Upstream {
   private async handle(incoming: IncomingMessage, response: ServerResponse): Promise<void> {
     const pieces: Buffer[] = [];
     for await (const piece of incoming) pieces.push(piece);
+    const body = JSON.parse(Buffer.concat(pieces).toString()) as Record<string, unknown>;
+    const messages = (body.messages ?? []) as { content?: unknown }[];
+    const query = messages.at(-1)?.content;
     const request: UpstreamRequest = {
       path: incoming.url ?? '',
       headers: incoming.headers,
-      body: JSON.parse(Buffer.concat(pieces).toString()) as Record<string, unknown>,
+      body,
+      query: typeof query === 'string' ? query : '',
       closed: once(response, 'close').then(() => !response.writableFinished),
     };
     this.requests.push(request);

@@ -1,0 +1,29 @@
+import { readFileSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join, relative } from 'node:path';
+
+/**
+ * Ends a run's summary with the tests that showed nothing, which `inconclusive()` has told of. `INCONCLUSIVE_LOG` names the
+ * file that they are kept in, one JSON object a line; without it they are in a temporary one.
+ */
+export default class InconclusiveReporter {
+  onRunStart() {
+    process.env.INCONCLUSIVE_LOG ??= join(tmpdir(), `agent-studio-inconclusive-${process.pid}.jsonl`);
+    writeFileSync(process.env.INCONCLUSIVE_LOG, '');
+  }
+
+  onRunComplete() {
+    const told = readInconclusive(process.env.INCONCLUSIVE_LOG);
+    if (told.length === 0) return;
+    const lines = told.map(({ file, test, reason }) => `  ${relative('', file)} › ${test}\n    ${reason}`);
+    process.stderr.write(`\nInconclusive: ${told.length}\n${lines.join('\n')}\n`);
+  }
+}
+
+/** What a run has told of, as `{ file, test, reason }`. */
+export function readInconclusive(log) {
+  return readFileSync(log, 'utf8')
+    .split('\n')
+    .filter(Boolean)
+    .map((line) => JSON.parse(line));
+}
