@@ -99,6 +99,8 @@ const schema = z.object({
   MAX_QUEUED: integer(1, 10_000_000, 10_000),
   SHUTDOWN_GRACE_MS: integer(0, 600_000, 10_000),
   EXECUTION_TIMEOUT_S: integer(1, 86_400, 300),
+  EVALUATION_THREADS: integer(1, 64, 2),
+  EVALUATION_BUDGET_MS: integer(1, 3_600_000, 2000),
   EVENT_RETENTION_DAYS: integer(1, 36_500, 30),
   CORS_ORIGINS: origins,
   MAX_BODY_BYTES: integer(1024, 1_073_741_824, 1_048_576),

@@ -33,6 +33,7 @@ export const ERROR_CODES = {
   too_many_subscriptions: { status: 429, title: 'This WebSocket follows too many streams' },
   internal_error: { status: 500, title: 'Something went wrong in the server' },
   agent_error: { status: 502, title: 'An agent could not produce its output' },
+  evaluation_limit: { status: 502, title: 'The templates and conditions took too long together' },
   model_error: { status: 502, title: 'The model could not answer' },
   model_not_configured: { status: 502, title: 'The model is not configured on this server' },
   unavailable: { status: 503, title: 'The server cannot take this request now' },

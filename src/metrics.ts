@@ -43,6 +43,24 @@ export class Metrics {
     buckets: [0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600],
     registers: [this.registry],
   });
+  readonly evaluations = new Counter({
+    name: 'agent_studio_evaluations_total',
+    help: 'Templates and conditions that this process evaluated, on its event loop or in a thread',
+    labelNames: ['place'] as const,
+    registers: [this.registry],
+  });
+  readonly refusedEvaluations = new Counter({
+    name: 'agent_studio_refused_evaluations_total',
+    help: 'Evaluations in a thread that went beyond a limit: time, size (of texts and lists) or memory',
+    labelNames: ['limit'] as const,
+    registers: [this.registry],
+  });
+  readonly evaluationWait = new Histogram({
+    name: 'agent_studio_evaluation_wait_seconds',
+    help: 'How long an evaluation waited for a thread',
+    buckets: [0.001, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60],
+    registers: [this.registry],
+  });
   readonly openStreams = new Gauge({
     name: 'agent_studio_open_streams',
     help: 'Event streams that clients hold open at this process',

@@ -128,7 +128,7 @@ export class DeploymentsService {
       });
       if (!workflow) throw workflowNotFound(workflowId);
       if (!workflow.is_active) throw workflowInactive(workflow);
-      this.workflows.compile(workflow.configuration);
+      await this.workflows.compile(workflow.configuration, { stored: true });
       const deployment = await activate(workflow, body, transaction);
       return present({ ...deployment, workflow_name: workflow.name });
     });
@@ -241,7 +241,8 @@ export class DeploymentsService {
 
   private async loadRevision(revisionId: string): Promise<CompiledRevision> {
     const { configuration, runtime_config } = await this.readRevision(revisionId);
-    return { revision_id: revisionId, runtime_config, graph: this.workflows.compile(configuration) };
+    const graph = await this.workflows.compile(configuration, { stored: true });
+    return { revision_id: revisionId, runtime_config, graph };
   }
 }
 

@@ -1,6 +1,9 @@
 import { Environment, type ASTNode, type ParseResult } from '@marcbachmann/cel-js';
 import type { Fault } from '../errors.js';
-import { EvaluationLimitError, refuseSlowSearch, runBounded } from './sandbox.js';
+import { EvaluationLimitError, MAX_EVALUATION_CHARS, refuseSlowSearch } from './bounds.js';
+import { weigh, type Weight } from './expression-weight.js';
+import { jsonOf, refuseLongInput, type ConditionTask, type Evaluations } from './evaluation.js';
+import { compilePattern } from './patterns.js';
 
 const MAX_EXPRESSION_CHARS = 2000;
 /**
@@ -28,9 +31,15 @@ const NUMERIC_FUNCTIONS: ReadonlySet<string> = new Set(
 );
 const ARITHMETIC: ReadonlySet<string> = new Set(words('+ - * / % -_'));
 
-/** Functions that search a text: the library's own are replaced by ours, which refuse what can take too long. */
-const SEARCHES: ReadonlySet<string> = new Set(words('contains indexOf matches split'));
+/** Functions of texts in whose place ours are put, which refuse what takes too long or makes too much. */
+const REPLACED: ReadonlySet<string> = new Set(
+  words('contains indexOf matches split lowerAscii upperAscii duration'),
+);
 const OURS = 'bounded_';
+const STORED_MATCHES = `${OURS}stored_matches`;
+const MAX_DURATION_CHARS = 100;
+/** An expression that costs more steps than this, each of about a ns, goes into a thread. */
+const MOST_INLINE_STEPS = 1_000_000;
 
 const environment = new Environment({ limits: { maxDepth: 32 } })
   .registerVariable('query', 'string')
@@ -46,12 +55,45 @@ const environment = new Environment({ limits: { maxDepth: 32 } })
   )
   .registerFunction(
     `string.${OURS}split(string): list<string>`,
-    search((text, part) => text.split(part)),
+    search((text, part) => {
+      make(text.length + 1);
+      return text.split(part);
+    }),
   )
   .registerFunction(
     `string.${OURS}matches(string): bool`,
-    search((text, part) => toPattern(part).test(text)),
-  );
+    search((text, part) => compilePattern(part).test(text)),
+  )
+  .registerFunction(
+    `string.${STORED_MATCHES}(string): bool`,
+    search((text, part) => toRegExp(part).test(text)),
+  )
+  .registerFunction(`string.${OURS}lowerAscii(): string`, (text: string) => {
+    make(text.length);
+    return text.toLowerCase();
+  })
+  .registerFunction(`string.${OURS}upperAscii(): string`, (text: string) => {
+    make(text.length);
+    return text.toUpperCase();
+  });
+
+/** The library reads a duration of any length, number by number, in quadratic time. */
+const durations = new Environment().registerVariable('text', 'string').parse('duration(text)');
+environment.registerFunction(`${OURS}duration(string): google.protobuf.Duration`, (text: string) => {
+  if (text.length > MAX_DURATION_CHARS) {
+    throw new EvaluationLimitError(`a duration is longer than ${MAX_DURATION_CHARS} characters`, 'size');
+  }
+  return durations({ text }) as unknown;
+});
+
+/** Characters and items that the evaluation that runs now has made. */
+let made = 0;
+
+function make(length: number): void {
+  made += length;
+  if (made <= MAX_EVALUATION_CHARS) return;
+  throw new EvaluationLimitError(`it makes texts of more than ${MAX_EVALUATION_CHARS} characters`, 'size');
+}
 
 function search<Result>(find: (text: string, part: string) => Result) {
   return (text: string, part: string): Result => {
@@ -86,41 +128,95 @@ function prune(value: unknown, levels: number): unknown {
 
 /** A parsed and type-checked condition; many runs can use it at the same time. */
 export class Expression {
-  constructor(private readonly parsed: ParseResult) {}
+  private readonly weight: Weight;
 
-  /** Whether the condition holds. Throws an `Error` whose message says what is wrong in words for a client. */
-  holds(input: ExpressionInput): boolean {
+  constructor(
+    private readonly source: string,
+    private readonly parsed: ParseResult,
+    private readonly stored: boolean,
+  ) {
+    this.weight = weigh(parsed.ast, OURS);
+  }
+
+  /**
+   * Whether the condition holds: evaluated at once where that is cheap, else in a thread. Throws, or rejects with, an
+   * `Error` whose message says what is wrong in words for a client, or `AppError` `evaluation_limit`.
+   */
+  holds(input: ExpressionInput, evaluations: Evaluations): boolean | Promise<boolean> {
+    const turn = evaluations.turn();
+    if (turn !== undefined) return turn.then(() => this.holds(input, evaluations));
+    if (this.weight.perChar * this.countChars(input) > MOST_INLINE_STEPS) {
+      return evaluations.inThread(() => this.toTask(input)).then((holds) => holds === true);
+    }
+    evaluations.countInline();
+    return this.evaluate(input);
+  }
+
+  /** Evaluates here and now, without a limit in time. Throws an `Error`, to be told by {@link explainExpression}. */
+  evaluate(input: ExpressionInput): boolean {
+    made = 0;
     let value: unknown;
     try {
-      value = runBounded<unknown>(() => this.parsed({ ...input }));
+      value = this.parsed({ ...input });
     } catch (error) {
-      throw new Error(explain(error), { cause: error });
+      throw explainExpression(error);
     }
     if (typeof value !== 'boolean') throw new Error('its value is neither true nor false');
     return value;
   }
+
+  private countChars({ query, output, variables }: ExpressionInput): number {
+    const { reads } = this.weight;
+    return (
+      1 +
+      (reads.has('query') ? query.length : 0) +
+      (reads.has('output') ? output.length : 0) +
+      (reads.has('variables') ? jsonOf(variables).length : 0)
+    );
+  }
+
+  private toTask({ query, output, variables }: ExpressionInput): ConditionTask {
+    const { reads } = this.weight;
+    const task: ConditionTask = {
+      kind: 'condition',
+      source: this.source,
+      stored: this.stored,
+      query: reads.has('query') ? query : undefined,
+      output: reads.has('output') ? output : undefined,
+      variables: reads.has('variables') ? jsonOf(variables) : undefined,
+    };
+    refuseLongInput([task.query, task.output, task.variables]);
+    return task;
+  }
+}
+
+/** Where an expression is in a definition, and where its faults go. */
+export interface ExpressionPlace {
+  pointer: string;
+  faults: Fault[];
+  /** Whether it was accepted earlier: then it keeps regular expressions of JavaScript that RE2 does not know. */
+  stored?: boolean;
 }
 
 /**
  * Parses a CEL condition (https://cel.dev) of up to 2,000 characters over `query`, `output` and `variables`, and checks
- * its types. `matches` is JavaScript's RegExp, which can take exponential time, so an evaluation is ended after 500 ms;
- * `+` adds numbers only, since texts that are doubled again and again would fill the memory within that time.
+ * its types. `matches` is RE2's; `+` adds numbers only, since texts that are doubled again and again would fill the memory.
  * What is wrong goes into `faults`, and then nothing is returned.
  */
 export function compileExpression(
   source: string,
-  at: { pointer: string; faults: Fault[] },
+  { pointer, faults, stored = false }: ExpressionPlace,
 ): Expression | undefined {
   try {
     if (source.length > MAX_EXPRESSION_CHARS)
       throw new Error(`it is longer than ${MAX_EXPRESSION_CHARS} characters`);
-    prepare(parseInCopy(source));
+    prepare(parseInCopy(source), stored);
     const parsed = environment.parse(source);
-    prepare(parsed.ast);
+    prepare(parsed.ast, stored);
     checkTypes(parsed);
-    return new Expression(parsed);
+    return new Expression(source, parsed, stored);
   } catch (error) {
-    at.faults.push({ pointer: at.pointer, detail: `the expression is not valid: ${explain(error)}` });
+    faults.push({ pointer, detail: `the expression is not valid: ${explainExpression(error).message}` });
     return undefined;
   }
 }
@@ -149,7 +245,7 @@ function checkTypes(parsed: ParseResult): void {
  * Refuses what could grow without bound, and puts our functions in the place of the library's.
  * Iterative: a long chain of operators makes a tree as deep as the expression is long.
  */
-function prepare(root: ASTNode): void {
+function prepare(root: ASTNode, stored: boolean): void {
   const pending: { value: unknown; level: number }[] = [{ value: root, level: 0 }];
   for (let next = pending.pop(); next !== undefined; next = pending.pop()) {
     let { level } = next;
@@ -157,7 +253,7 @@ function prepare(root: ASTNode): void {
       if (isAggregate(next.value)) level += 1;
       if (level > MAX_NESTED_AGGREGATES) throw new Error('its lists, maps and macros are nested too deeply');
       refuseGrowth(next.value);
-      prepareCall(next.value);
+      prepareCall(next.value, stored);
     }
     const children = isNode(next.value) ? next.value.args : next.value;
     if (Array.isArray(children)) pending.push(...children.map((value: unknown) => ({ value, level })));
@@ -171,23 +267,35 @@ function refuseGrowth(node: ASTNode): void {
   }
 }
 
-function prepareCall(node: ASTNode): void {
+function prepareCall(node: ASTNode, stored: boolean): void {
   const name = calledName(node);
   if (name === undefined) return;
   if (!FUNCTIONS.has(name)) {
     throw new Error(`the function "${name}" is not known here; there are ${[...FUNCTIONS].join(', ')}`);
   }
-  if (name === 'matches') refusePattern(node);
-  if (SEARCHES.has(name)) (node.args as unknown[])[0] = OURS + name;
+  if (!REPLACED.has(name)) return;
+  const isStoredPattern = name === 'matches' && !isPatternOfRe2(node, stored);
+  (node.args as unknown[])[0] = isStoredPattern ? STORED_MATCHES : OURS + name;
 }
 
-/** A pattern that stands in the expression is checked now, not when the first run comes by. */
-function refusePattern(node: ASTNode): void {
+/**
+ * A pattern that stands in the expression is checked now, not when the first run comes by; one that comes out of data is
+ * always RE2's. False for one that only JavaScript knows, where that is allowed.
+ */
+function isPatternOfRe2(node: ASTNode, stored: boolean): boolean {
   const pattern: unknown = (node.args as unknown[]).flat().at(-1);
-  if (isNode(pattern) && pattern.op === 'value' && typeof pattern.args === 'string') toPattern(pattern.args);
+  if (!isNode(pattern) || pattern.op !== 'value' || typeof pattern.args !== 'string') return true;
+  try {
+    compilePattern(pattern.args);
+    return true;
+  } catch (error) {
+    if (!stored) throw error;
+    toRegExp(pattern.args);
+    return false;
+  }
 }
 
-function toPattern(source: string): RegExp {
+function toRegExp(source: string): RegExp {
   try {
     return new RegExp(source);
   } catch (error) {
@@ -215,14 +323,14 @@ function isNumeric(node: unknown): boolean {
   return name === undefined ? ARITHMETIC.has(node.op) : NUMERIC_FUNCTIONS.has(name);
 }
 
-/** The library's `message` draws the expression over several lines; `summary` is the sentence alone. */
-function explain(error: unknown): string {
-  if (error instanceof EvaluationLimitError) return error.message;
-  if (error instanceof RangeError) return 'it is nested too deeply';
-  if (error instanceof Error && 'summary' in error && typeof error.summary === 'string') {
-    return error.summary.replaceAll(OURS, '');
-  }
-  return error instanceof Error ? error.message : 'it failed for an unknown reason';
+/** What was thrown in words for a client. The library's `message` draws the expression over several lines. */
+export function explainExpression(error: unknown): Error {
+  if (error instanceof EvaluationLimitError) return error;
+  if (error instanceof RangeError) return new Error('it is nested too deeply', { cause: error });
+  if (!(error instanceof Error)) return new Error('it failed for an unknown reason', { cause: error });
+  if (!('summary' in error) || typeof error.summary !== 'string') return error;
+  const summary = error.summary.replaceAll(STORED_MATCHES, 'matches').replaceAll(OURS, '');
+  return new Error(summary, { cause: error });
 }
 
 function words(list: string): string[] {

@@ -64,6 +64,8 @@ export class Graph {
 export interface GraphOptions {
   models: ModelRegistry;
   limits: { maxAgents: number; maxConnections: number };
+  /** Whether it was accepted earlier: then it keeps regular expressions of JavaScript that RE2 does not know. */
+  stored?: boolean;
 }
 
 /**
@@ -72,6 +74,31 @@ export interface GraphOptions {
  * else all faults of the shape, else all of the meaning.
  */
 export function compileGraph(configuration: unknown, options: GraphOptions): Graph {
+  const pieces = compileInPieces(configuration, options);
+  for (;;) {
+    const piece = pieces.next();
+    if (piece.done) return piece.value;
+  }
+}
+
+/**
+ * As {@link compileGraph}, which can take seconds for a definition as large as a request may be: asks `turn` before each
+ * agent and each connection whether to wait.
+ */
+export async function compileGraphInTurns(
+  configuration: unknown,
+  options: GraphOptions,
+  turn: () => Promise<void> | undefined,
+): Promise<Graph> {
+  const pieces = compileInPieces(configuration, options);
+  for (;;) {
+    await turn();
+    const piece = pieces.next();
+    if (piece.done) return piece.value;
+  }
+}
+
+function* compileInPieces(configuration: unknown, options: GraphOptions): Generator<void, Graph> {
   const faults = checkLimits(configuration, options.limits);
   refuseWorkflow(faults);
   faults.push(...findUnsafeJson(configuration, POINTER));
@@ -79,8 +106,9 @@ export function compileGraph(configuration: unknown, options: GraphOptions): Gra
   refuseWorkflow(faults);
   if (definition === undefined) throw new AppError('workflow_invalid', 'The workflow is not valid.');
 
-  const agents = compileAgents(definition.agents, { models: options.models, faults });
-  const connections = compileConnections(definition, faults);
+  yield;
+  const agents = yield* compileAgents(definition.agents, { models: options.models, faults });
+  const connections = yield* compileConnections(definition, { stored: options.stored, faults });
   const order = sortAgents(definition, connections, faults);
   refuseWorkflow(faults);
   return link(agents, connections, order);
@@ -114,12 +142,13 @@ function checkLimits(configuration: unknown, limits: GraphOptions['limits']): Fa
 
 type UnlinkedAgent = Omit<GraphAgent, 'incoming' | 'outgoing'>;
 
-function compileAgents(
+function* compileAgents(
   definitions: AgentDefinition[],
   { models, faults }: { models: ModelRegistry; faults: Fault[] },
-): UnlinkedAgent[] {
+): Generator<void, UnlinkedAgent[]> {
   const known = new Set<string>();
-  return definitions.flatMap(({ agent_id, agent_type, name, config }, index) => {
+  const agents: UnlinkedAgent[] = [];
+  for (const [index, { agent_id, agent_type, name, config }] of definitions.entries()) {
     const at = toPointer(POINTER, 'agents', index);
     if (known.has(agent_id)) {
       faults.push({ pointer: toPointer(at, 'agent_id'), detail: `another agent is called "${agent_id}"` });
@@ -134,8 +163,10 @@ function compileAgents(
       });
     }
     const agent = kind?.compile(config, { pointer: toPointer(at, 'config'), models, faults });
-    return agent === undefined ? [] : [Object.freeze({ agent_id, agent_type, name, agent })];
-  });
+    if (agent !== undefined) agents.push(Object.freeze({ agent_id, agent_type, name, agent }));
+    yield;
+  }
+  return agents;
 }
 
 /** A connection between two known and different agents, where it stands in the definition. */
@@ -146,16 +177,25 @@ interface PlacedConnection {
   definition: ConnectionDefinition;
 }
 
-function compileConnections(
+/** What connections are compiled with. */
+interface ConnectionContext {
+  stored?: boolean;
+  faults: Fault[];
+}
+
+function* compileConnections(
   { agents, connections }: WorkflowConfiguration,
-  faults: Fault[],
-): PlacedConnection[] {
+  context: ConnectionContext,
+): Generator<void, PlacedConnection[]> {
   const known = new Set(agents.map(({ agent_id }) => agent_id));
   const seen = new Map<string, number>();
-  return connections.flatMap((definition, index) => {
+  const placed: PlacedConnection[] = [];
+  const { faults } = context;
+  for (const [index, definition] of connections.entries()) {
+    yield;
     const at = toPointer(POINTER, 'connections', index);
     const { source_agent_id, target_agent_id, connection_type, conditions } = definition;
-    const compiled = compileConnection(definition, at, faults);
+    const compiled = compileConnection(definition, at, context);
     const key = JSON.stringify([source_agent_id, target_agent_id, connection_type, conditions?.expression]);
     const first = seen.get(key);
     if (first === undefined) seen.set(key, index);
@@ -170,19 +210,20 @@ function compileConnections(
         detail: `there is no agent "${definition[end]}"`,
       })),
     );
-    if (dangling.length > 0) return [];
+    if (dangling.length > 0) continue;
     if (source_agent_id === target_agent_id) {
       faults.push({ pointer: at, detail: `connects "${source_agent_id}" with itself` });
-      return [];
+      continue;
     }
-    return [{ index, compiled, definition }];
-  });
+    placed.push({ index, compiled, definition });
+  }
+  return placed;
 }
 
 function compileConnection(
   { source_agent_id, target_agent_id, connection_type, conditions, priority }: ConnectionDefinition,
   at: string,
-  faults: Fault[],
+  { stored, faults }: ConnectionContext,
 ): GraphConnection | undefined {
   const ends = { source_agent_id, target_agent_id, priority };
   const pointer = toPointer(at, 'conditions');
@@ -201,6 +242,7 @@ function compileConnection(
   const expression = compileExpression(conditions.expression, {
     pointer: toPointer(pointer, 'expression'),
     faults,
+    stored,
   });
   return expression && Object.freeze({ ...ends, connection_type, expression });
 }

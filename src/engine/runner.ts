@@ -3,6 +3,7 @@ import { AppError, type ErrorCode } from '../errors.js';
 import type { ModelRegistry, ModelUsage } from '../models/model-registry.js';
 import type { AgentContext, Source, StepError } from './agents/agent.js';
 import type { AgentOverrides, ChatMessage, RuntimeOverrides } from './definition.js';
+import { Evaluations, type Evaluator } from './evaluation.js';
 import { toExpressionVariables } from './expressions.js';
 import type { Graph, GraphAgent, GraphConnection } from './graph.js';
 import type { EarlierResults } from './templates.js';
@@ -52,6 +53,7 @@ export interface GraphRun {
   graph: Graph;
   input: RunInput;
   models: ModelRegistry;
+  evaluator: Evaluator;
   observer: RunObserver;
   /** Checkpoints of an earlier attempt, by `agent_id`: what has a result other than `cancelled` is not run again. */
   completed?: ReadonlyMap<string, StepResult>;
@@ -86,6 +88,7 @@ class Run {
   private expressionVariables: Record<string, unknown> | undefined;
   /** Aborted without a reason of our own: model clients know nothing but an AbortError for an abort. */
   private readonly stop = new AbortController();
+  private readonly evaluations: Evaluations;
   private failure: StepError | undefined;
   private observerFailure: { error: unknown } | undefined;
   private running = 0;
@@ -96,6 +99,7 @@ class Run {
     this.variables = { ...input.variables, ...input.overrides.variables };
     // Every parallel agent listens; Node warns of a leak from the 11th listener on.
     setMaxListeners(0, this.stop.signal);
+    this.evaluations = new Evaluations(run.evaluator, this.stop.signal);
     for (const agent of graph.agents.values()) {
       this.states.set(agent.agent_id, {
         agent,
@@ -114,7 +118,7 @@ class Run {
     try {
       await new Promise<void>((resolve) => {
         this.allSettled = resolve;
-        this.begin();
+        this.track(this.begin());
       });
     } finally {
       signal.removeEventListener('abort', abort);
@@ -123,30 +127,35 @@ class Run {
     return this.outcome();
   }
 
-  private begin(): void {
-    for (const { agent_id } of this.run.graph.order) this.restore(this.state(agent_id));
-    if (!this.stop.signal.aborted) {
-      for (const state of this.states.values()) {
-        if (state.result === undefined && state.undecided === 0) this.start(state);
-      }
+  private async begin(): Promise<void> {
+    for (const { agent_id } of this.run.graph.order) {
+      const restored = this.restore(this.state(agent_id));
+      if (restored !== undefined) await restored;
     }
-    if (this.running === 0) this.allSettled();
+    if (this.stop.signal.aborted) return;
+    for (const state of this.states.values()) {
+      if (state.result === undefined && state.undecided === 0) this.start(state);
+    }
   }
 
-  private restore(state: StepState): void {
+  private restore(state: StepState): Promise<unknown> | undefined {
     const stored = this.run.completed?.get(state.agent.agent_id);
-    if (stored === undefined || stored.status === 'cancelled') return;
+    if (stored === undefined || stored.status === 'cancelled') return undefined;
     state.result = stored;
     state.text = stored.output;
     this.failUnlessHandled(state, stored);
-    this.decide(state, stored);
+    return this.decide(state, stored);
   }
 
-  /** The agent's task is on its own from here: nobody awaits it, so that a chain of agents is no chain of promises. */
   private start(state: StepState): void {
-    this.running += 1;
     const isRun = state.agent.incoming.length === 0 || state.taken.size > 0;
-    void (isRun ? this.step(state) : this.skip(state))
+    this.track(isRun ? this.step(state) : this.skip(state));
+  }
+
+  /** The task is on its own from here: nobody awaits it, so that a chain of agents is no chain of promises. */
+  private track(task: Promise<void>): void {
+    this.running += 1;
+    void task
       .catch((error: unknown) => this.observerFailed(error))
       .finally(() => {
         this.running -= 1;
@@ -172,6 +181,10 @@ class Run {
     } catch (error) {
       if (this.stop.signal.aborted) return this.result(state, 'cancelled');
       this.run.observer.defect?.(error, agent.agent_id);
+      // Whatever handles this failure would meet the same limit.
+      if (error instanceof AppError && error.code === 'evaluation_limit') {
+        this.fail(toStepError(error, agent.agent_id));
+      }
       return { ...this.result(state, 'error'), error: toStepError(error, agent.agent_id) };
     }
   }
@@ -187,23 +200,27 @@ class Run {
     if (this.observerFailure !== undefined) return;
     await this.run.observer.stepFinished(result);
     if (this.stop.signal.aborted) return;
-    const ready = this.decide(state, result);
+    const ready = await this.decide(state, result);
     if (!this.stop.signal.aborted) for (const next of ready) this.start(next);
   }
 
   /** Decides the agent's outgoing connections; returns the agents that know all of theirs by that. */
-  private decide({ agent }: StepState, result: StepResult): StepState[] {
+  private async decide({ agent }: StepState, result: StepResult): Promise<StepState[]> {
     const ready: StepState[] = [];
     for (const connection of agent.outgoing) {
       const target = this.state(connection.target_agent_id);
-      if (this.isTaken(connection, result)) target.taken.add(connection);
+      const taken = this.isTaken(connection, result);
+      // Awaiting only where there is something to wait for keeps what happens at once in one turn.
+      if (typeof taken === 'boolean' ? taken : await taken) target.taken.add(connection);
+      // A condition that failed has ended the run: what is left has no meaning any more.
+      if (this.stop.signal.aborted) return [];
       target.undecided -= 1;
       if (target.undecided === 0) ready.push(target);
     }
     return ready;
   }
 
-  private isTaken(connection: GraphConnection, { status, output }: StepResult): boolean {
+  private isTaken(connection: GraphConnection, { status, output }: StepResult): boolean | Promise<boolean> {
     switch (connection.connection_type) {
       case 'default':
         return status === 'completed';
@@ -217,17 +234,25 @@ class Run {
   private holds(
     connection: Extract<GraphConnection, { connection_type: 'conditional' }>,
     output: string,
-  ): boolean {
-    const { source_agent_id, target_agent_id, expression } = connection;
+  ): boolean | Promise<boolean> {
+    const failed = (error: unknown) => this.conditionFailed(connection, error);
     try {
       this.expressionVariables ??= toExpressionVariables(this.variables);
-      return expression.holds({ query: this.run.input.query, output, variables: this.expressionVariables });
+      const { query } = this.run.input;
+      const input = { query, output, variables: this.expressionVariables };
+      const holds = connection.expression.holds(input, this.evaluations);
+      return typeof holds === 'boolean' ? holds : holds.catch(failed);
     } catch (error) {
-      const reason = error instanceof Error ? error.message : 'it failed for an unknown reason';
-      const message = `The condition of the connection "${source_agent_id} -> ${target_agent_id}" can't be evaluated: ${reason}.`;
-      this.fail({ code: 'agent_error', message });
-      return false;
+      return failed(error);
     }
+  }
+
+  private conditionFailed({ source_agent_id, target_agent_id }: GraphConnection, error: unknown): false {
+    if (this.stop.signal.aborted) return false;
+    const reason = error instanceof Error ? error.message : 'it failed for an unknown reason';
+    const message = `The condition of the connection "${source_agent_id} -> ${target_agent_id}" can't be evaluated: ${reason.replace(/\.$/, '')}.`;
+    this.fail({ code: error instanceof AppError ? error.code : 'agent_error', message });
+    return false;
   }
 
   private failUnlessHandled({ agent }: StepState, result: StepResult): void {
@@ -253,9 +278,10 @@ class Run {
       agent_id,
       query: input.query,
       chat_history: input.chat_history,
-      variables: { ...this.variables, ...overrides.variables },
+      variables: this.variablesOf(agent_id),
       sources: this.sources(state),
       earlier: () => this.earlier(state),
+      evaluations: this.evaluations,
       overrides,
       models,
       max_retries: input.max_retries,
@@ -272,6 +298,12 @@ class Run {
       ...common,
       ...(agents !== undefined && Object.hasOwn(agents, agent_id) ? agents[agent_id] : {}),
     };
+  }
+
+  private variablesOf(agent_id: string): Record<string, unknown> {
+    const { agents } = this.run.input.overrides;
+    const own = agents !== undefined && Object.hasOwn(agents, agent_id) ? agents[agent_id] : undefined;
+    return own?.variables === undefined ? this.variables : { ...this.variables, ...own.variables };
   }
 
   private emit(state: StepState, text: string): Promise<void> | undefined {

@@ -1,20 +1,9 @@
-import { defaultOperators, Liquid, type FilterImplOptions, type Template as ParsedTemplate } from 'liquidjs';
+import { TypeGuards, type Output, type Template as ParsedTemplate } from 'liquidjs';
 import { AppError, type ErrorCode, type Fault } from '../errors.js';
+import { refuseLength } from './bounds.js';
 import type { ChatMessage } from './definition.js';
-import { EVALUATION_LIMIT_MS, EvaluationLimitError, refuseSlowSearch, runBounded } from './sandbox.js';
-
-const MAX_TEMPLATE_CHARS = 100_000;
-/** Longest text that a template may give, in UTF-16 code units: it is kept in memory and in one row of the log. */
-const MAX_RENDERED_CHARS = 5_000_000;
-/** Limit of LiquidJS's own count of what filters and ranges allocate, in characters and items. */
-const MEMORY_LIMIT = 10_000_000;
-
-/** What a template can read. */
-export interface TemplateScope {
-  query: string;
-  variables: Record<string, unknown>;
-  chat_history: readonly ChatMessage[];
-}
+import { jsonOf, refuseLongInput, type Evaluations, type TemplateTask } from './evaluation.js';
+import { explainLiquid, parseLiquid } from './liquid.js';
 
 /** Results of the agents before this one in the graph, by `agent_id`. */
 export interface EarlierResults {
@@ -22,49 +11,119 @@ export interface EarlierResults {
   errors: Record<string, { code: ErrorCode; message: string }>;
 }
 
-/** A parsed template; it holds nothing of a run, so that many runs can render it at the same time. */
-export class Template {
-  private readonly isPlain: boolean;
-  /** Without filters, loops and searches, no single part takes long: LiquidJS's own check between the parts is enough. */
-  private readonly needsWatchdog: boolean;
-  private readonly readsEarlier: boolean;
+/** What a template can read, and who evaluates it. */
+export interface TemplateScope {
+  query: string;
+  variables: Record<string, unknown>;
+  chat_history: readonly ChatMessage[];
+  /** Asked only when the template names `outputs` or `errors`. */
+  earlier(): EarlierResults;
+  evaluations: Evaluations;
+}
 
+/** A piece of a template that is text, or the place of a value: `{{ variables.user.name }}`. */
+type Part = string | readonly string[];
+
+type Root = 'query' | 'variables' | 'chat_history' | 'outputs' | 'errors';
+
+const ROOTS: readonly Root[] = ['query', 'variables', 'chat_history', 'outputs', 'errors'];
+/** A place or an expression that is made while rendering can name anything. */
+const NAMES_ANYTHING = /_exp|(^|[^\w\]"'])\[/;
+/** `outputs` in any other way than `outputs.<agent_id>` or `outputs["<agent_id>"]`. */
+const NAMES_ANY_OUTPUT = /\boutputs\b(?!\s*(\.\s*[\w-]|\[\s*["']))/;
+
+/** A template that was checked; it holds nothing of a run, so that many runs can render it at the same time. */
+export class Template {
+  private readonly plain: string | undefined;
+  private readonly reads: ReadonlySet<Root>;
+  private readonly readsAnyOutput: boolean;
+
+  /** @param parts of a template without tags and filters, which takes no time worth a thread of its own */
   constructor(
-    private readonly parsed: ParsedTemplate[],
     private readonly source: string,
+    private readonly parts: readonly Part[] | undefined,
   ) {
-    this.isPlain = !/\{[{%]/.test(source);
-    this.needsWatchdog = /\||for|tablerow|contains/.test(source);
-    this.readsEarlier = /outputs|errors/.test(source);
+    this.plain = parts?.every((part) => typeof part === 'string') ? parts.join('') : undefined;
+    const namesAnything = NAMES_ANYTHING.test(source);
+    this.reads = new Set(ROOTS.filter((root) => namesAnything || source.includes(root)));
+    this.readsAnyOutput = namesAnything || NAMES_ANY_OUTPUT.test(source);
   }
 
   /**
-   * Renders the text. `earlier` is asked only when the template names `outputs` or `errors`.
-   * Throws `AppError` `agent_error` when rendering fails or goes beyond a limit.
+   * Renders the text: at once where that is cheap, else in a thread. Throws, or rejects with, `AppError` `agent_error`
+   * when rendering fails or goes beyond a limit, `evaluation_limit` when the execution has used up its budget.
    */
-  render(scope: TemplateScope, earlier: () => EarlierResults): string {
-    if (this.isPlain) return this.source;
+  render(scope: TemplateScope): string | Promise<string> {
+    if (this.plain !== undefined) return this.plain;
+    const turn = scope.evaluations.turn();
+    if (turn !== undefined) return turn.then(() => this.render(scope));
     try {
-      // A fresh object each time: tags such as increment write into it.
-      const { query, variables, chat_history } = scope;
-      const values = { query, variables, chat_history, ...(this.readsEarlier ? earlier() : {}) };
-      const render = (): string => liquid.renderSync(this.parsed, values);
-      const rendered = this.needsWatchdog ? runBounded(render) : render();
-      if (rendered.length > MAX_RENDERED_CHARS)
-        throw new Error(`its text is longer than ${MAX_RENDERED_CHARS} characters`);
-      return rendered;
+      const text = this.renderParts(scope);
+      if (text === undefined) return this.renderInThread(scope);
+      scope.evaluations.countInline();
+      return text;
     } catch (error) {
-      throw new AppError('agent_error', `The agent's template could not be rendered: ${explain(error)}.`, {
-        cause: error,
-      });
+      throw failed(error);
     }
+  }
+
+  private renderParts(scope: TemplateScope): string | undefined {
+    if (this.parts === undefined) return undefined;
+    const values = this.readScope(scope);
+    const texts: string[] = [];
+    let length = 0;
+    for (const part of this.parts) {
+      const text = typeof part === 'string' ? part : readText(values, part);
+      if (text === undefined) return undefined;
+      length += text.length;
+      refuseLength(length);
+      texts.push(text);
+    }
+    return texts.join('');
+  }
+
+  private async renderInThread(scope: TemplateScope): Promise<string> {
+    try {
+      return String(await scope.evaluations.inThread(() => this.toTask(scope)));
+    } catch (error) {
+      throw failed(error);
+    }
+  }
+
+  /** Only what the template names: the rest can be large, and goes into the thread as a copy. */
+  private toTask(scope: TemplateScope): TemplateTask {
+    const { query, variables, chat_history, outputs, errors } = this.readScope(scope);
+    const task: TemplateTask = {
+      kind: 'template',
+      source: this.source,
+      query,
+      variables: variables && jsonOf(variables),
+      chat_history: chat_history && jsonOf(chat_history),
+      outputs: outputs && this.readsAnyOutput ? outputs : pickNamed(outputs, this.source),
+      errors,
+    };
+    const texts = [query, task.variables, task.chat_history, ...Object.values(task.outputs ?? {})];
+    refuseLongInput(texts);
+    return task;
+  }
+
+  private readScope(scope: TemplateScope): Partial<Omit<TemplateScope, 'evaluations'> & EarlierResults> {
+    const { reads } = this;
+    const earlier = reads.has('outputs') || reads.has('errors') ? scope.earlier() : undefined;
+    return {
+      ...(reads.has('query') && { query: scope.query }),
+      ...(reads.has('variables') && { variables: scope.variables }),
+      ...(reads.has('chat_history') && { chat_history: scope.chat_history }),
+      ...(reads.has('outputs') && { outputs: earlier?.outputs }),
+      ...(reads.has('errors') && { errors: earlier?.errors }),
+    };
   }
 }
 
 /**
- * Parses a Liquid template (https://shopify.github.io/liquid/) of up to 100,000 characters. It reads `query`,
- * `variables`, `chat_history`, `outputs.<agent_id>` and `errors.<agent_id>`; what is missing is empty. Other files can't
- * be included, only own properties are visible, and time, memory and length are bounded.
+ * Checks a Liquid template (https://shopify.github.io/liquid/) of up to 100,000 characters and 10,000 tags. It reads
+ * `query`, `variables`, `chat_history`, `outputs.<agent_id>` and `errors.<agent_id>`; what is missing is empty. Other files
+ * can't be included, only own properties are visible, and time, memory and length are bounded.
  * What is wrong goes into `faults`, and then nothing is returned.
  */
 export function compileTemplate(
@@ -72,66 +131,65 @@ export function compileTemplate(
   at: { pointer: string; faults: Fault[] },
 ): Template | undefined {
   try {
-    if (source.length > MAX_TEMPLATE_CHARS)
-      throw new Error(`it is longer than ${MAX_TEMPLATE_CHARS} characters`);
-    return new Template(liquid.parse(source), source);
+    return new Template(source, toParts(parseLiquid(source)));
   } catch (error) {
-    at.faults.push({ pointer: at.pointer, detail: `the template is not valid: ${explain(error)}` });
+    const detail = `the template is not valid: ${explainLiquid(error).message}`;
+    at.faults.push({ pointer: at.pointer, detail });
     return undefined;
   }
 }
 
-/** Filters that search a text for their first argument. */
-const SEARCHES = [
-  'split',
-  'replace',
-  'replace_first',
-  'replace_last',
-  'remove',
-  'remove_first',
-  'remove_last',
-];
-
-function createEngine(): Liquid {
-  const engine = new Liquid({
-    // An empty set of templates replaces the file system.
-    templates: {},
-    ownPropertyOnly: true,
-    strictFilters: true,
-    strictVariables: false,
-    memoryLimit: MEMORY_LIMIT,
-    renderLimit: EVALUATION_LIMIT_MS,
-    parseLimit: MAX_TEMPLATE_CHARS,
-    timezoneOffset: 0,
-    operators: {
-      ...defaultOperators,
-      contains(text, pattern, context) {
-        if (typeof text === 'string') refuseSlowSearch(text, pattern);
-        return defaultOperators['contains']?.(text, pattern, context);
-      },
-    },
-  });
-  for (const tag of ['include', 'render', 'layout', 'block']) delete engine.tags[tag];
-  for (const name of SEARCHES) engine.registerFilter(name, boundSearch(engine.filters[name]));
-  return engine;
-}
-
-function boundSearch(filter: FilterImplOptions | undefined): FilterImplOptions {
-  if (typeof filter !== 'function') throw new Error('The template library has changed its filters');
-  return function (text: unknown, pattern: unknown, ...more: unknown[]) {
-    refuseSlowSearch(text, pattern);
-    return filter.call(this, text, pattern, ...more);
-  };
-}
-
-const liquid = createEngine();
-
-/** LiquidJS wraps what was thrown inside; its own messages name the line and quote only the template. */
-function explain(error: unknown): string {
-  const original = error instanceof Error && 'originalError' in error ? error.originalError : error;
-  if (original instanceof RangeError) {
-    return /call stack/.test(original.message) ? 'it is nested too deeply' : 'its text is too long';
+/** The parts of a template of text and values alone; undefined if there is anything else in it. */
+function toParts(parsed: ParsedTemplate[]): Part[] | undefined {
+  const parts: Part[] = [];
+  for (const template of parsed) {
+    const part = TypeGuards.isHTMLToken(template.token) ? template.token.getContent() : toPath(template);
+    if (part === undefined) return undefined;
+    parts.push(part);
   }
-  if (original instanceof EvaluationLimitError) return original.message;
-  return error instanceof Error ? error.message : 'it failed for an unknown reason';
+  return parts;
+}
+
+function toPath(template: ParsedTemplate): string[] | undefined {
+  if (!isOutput(template) || template.value.filters.length > 0) return undefined;
+  const [place, ...more] = template.value.initial.postfix;
+  if (!TypeGuards.isPropertyAccessToken(place) || more.length > 0 || place.variable !== undefined) {
+    return undefined;
+  }
+  const names = place.props.map((prop) =>
+    TypeGuards.isWordToken(prop) || TypeGuards.isQuotedToken(prop) ? prop.content : undefined,
+  );
+  return names.every((name) => name !== undefined) ? names : undefined;
+}
+
+function isOutput(template: ParsedTemplate): template is Output {
+  return TypeGuards.isOutputToken(template.token) && 'value' in template;
+}
+
+/** The text of a value, "" of none; undefined for what only the library itself knows how to read or to write. */
+function readText(values: object, path: readonly string[]): string | undefined {
+  let value: unknown = values;
+  for (const name of path) {
+    if (value === undefined || value === null) return '';
+    if (typeof value !== 'object' || Array.isArray(value)) return undefined;
+    // `size`, `first` and `last` are more than names.
+    if (!Object.hasOwn(value, name) && /^(size|first|last)$/.test(name)) return undefined;
+    value = Object.hasOwn(value, name) ? Reflect.get(value, name) : undefined;
+  }
+  if (typeof value === 'object' && value !== null) return undefined;
+  return value === undefined || value === null ? '' : String(value);
+}
+
+function pickNamed(outputs: Record<string, string> | undefined, source: string) {
+  return (
+    outputs && Object.fromEntries(Object.entries(outputs).filter(([agent_id]) => source.includes(agent_id)))
+  );
+}
+
+function failed(error: unknown): AppError {
+  if (error instanceof AppError) return error;
+  const reason = error instanceof Error ? error.message : 'it failed for an unknown reason';
+  return new AppError('agent_error', `The agent's template could not be rendered: ${reason}.`, {
+    cause: error,
+  });
 }

@@ -4,6 +4,7 @@ import type { Execution } from '../database/entities/execution.entity.js';
 import type { Step } from '../database/entities/step.entity.js';
 import type { CompiledRevision } from '../deployments/deployments.service.js';
 import { parseOverrides } from '../engine/definition.js';
+import type { Evaluator } from '../engine/evaluation.js';
 import type { RunObserver, RunOutcome, StepResult } from '../engine/runner.js';
 import { runGraph } from '../engine/runner.js';
 import { AppError, toAppError, toErrorCode } from '../errors.js';
@@ -29,6 +30,7 @@ export interface ExecutionRunOptions {
   interrupted: string[];
   log: EventLog;
   models: ModelRegistry;
+  evaluator: Evaluator;
   steps: StepStore;
   ends: ExecutionEnds;
   /** Seconds, where the deployment has no limit of its own. */
@@ -138,7 +140,7 @@ export class ExecutionRun implements RunObserver {
   }
 
   private async runGraph(signal: AbortSignal): Promise<RunOutcome> {
-    const { execution, revision, models } = this.options;
+    const { execution, revision, models, evaluator } = this.options;
     const { graph, runtime_config } = revision;
     const { query, chat_history, runtime_overrides } = execution.input;
     try {
@@ -148,6 +150,7 @@ export class ExecutionRun implements RunObserver {
         graph,
         input: { query, chat_history, overrides, variables, max_retries },
         models,
+        evaluator,
         observer: this,
         completed: this.findCheckpoints(),
         signal,

@@ -3,6 +3,7 @@ import { TypeOrmModule } from '@nestjs/typeorm';
 import { Execution } from '../database/entities/execution.entity.js';
 import { Step } from '../database/entities/step.entity.js';
 import { DeploymentsModule } from '../deployments/deployments.module.js';
+import { EngineModule } from '../engine/engine.module.js';
 import { EventLogModule } from '../event-log/event-log.module.js';
 import { ModelsModule } from '../models/models.module.js';
 import { QueueModule } from '../queue/queue.module.js';
@@ -25,6 +26,7 @@ import { Subscribers } from './subscribers.js';
   imports: [
     TypeOrmModule.forFeature([Execution, Step]),
     DeploymentsModule,
+    EngineModule,
     EventLogModule,
     ModelsModule,
     QueueModule,

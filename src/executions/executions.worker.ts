@@ -10,6 +10,7 @@ import { queryAtLength } from '../database/query-at-length.js';
 import { isUnavailable, retryWhileUnavailable } from '../database/unavailable.js';
 import { DeploymentsService } from '../deployments/deployments.service.js';
 import type { CompiledRevision } from '../deployments/deployments.service.js';
+import { Evaluator } from '../engine/evaluation.js';
 import { AppError } from '../errors.js';
 import { EventLog, FencedError } from '../event-log/event-log.js';
 import { ModelRegistry } from '../models/model-registry.js';
@@ -95,6 +96,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
     private readonly log: EventLog,
     private readonly deployments: DeploymentsService,
     private readonly models: ModelRegistry,
+    private readonly evaluator: Evaluator,
     private readonly steps: StepStore,
     private readonly running: RunningExecutions,
     private readonly ends: ExecutionEnds,
@@ -133,7 +135,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
         await this.running.cancelWhenAbandoned(executionId, revision.runtime_config.disconnect_grace_ms);
       }
       const left = await this.findLeftovers(execution);
-      const { log, models, steps, ends } = this;
+      const { log, models, evaluator, steps, ends } = this;
       await new ExecutionRun({
         execution,
         revision,
@@ -141,6 +143,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
         interrupted: await this.findInterrupted(execution, { revision, leftSteps: left.leftSteps }),
         log,
         models,
+        evaluator,
         steps,
         ends,
         defaultTimeoutS: this.config.EXECUTION_TIMEOUT_S,

@@ -1,11 +1,12 @@
 import { Module } from '@nestjs/common';
+import { EngineModule } from '../engine/engine.module.js';
 import { ModelsModule } from '../models/models.module.js';
 import { WorkflowsController } from './workflows.controller.js';
 import { WorkflowsService } from './workflows.service.js';
 
 /** The definitions that can be deployed. */
 @Module({
-  imports: [ModelsModule],
+  imports: [EngineModule, ModelsModule],
   controllers: [WorkflowsController],
   providers: [WorkflowsService],
   exports: [WorkflowsService],

@@ -8,8 +8,9 @@ import type { WorkflowConfiguration } from '../database/entities/configuration.j
 import { Deployment } from '../database/entities/deployment.entity.js';
 import { Workflow } from '../database/entities/workflow.entity.js';
 import { present, quoted } from '../dto.js';
+import { Evaluator } from '../engine/evaluation.js';
 import type { Graph } from '../engine/graph.js';
-import { compileGraph } from '../engine/graph.js';
+import { compileGraphInTurns } from '../engine/graph.js';
 import { AppError } from '../errors.js';
 import { ModelRegistry } from '../models/model-registry.js';
 import type { CreateWorkflowDto, ListWorkflowsDto, UpdateWorkflowDto, WorkflowDto } from './workflows.dto.js';
@@ -47,20 +48,20 @@ export class WorkflowsService {
   constructor(
     private readonly dataSource: DataSource,
     private readonly models: ModelRegistry,
+    private readonly evaluator: Evaluator,
     @Inject(CONFIG) private readonly config: Config,
   ) {}
 
-  /** Throws `workflow_invalid` with all faults. */
-  compile(configuration: WorkflowConfiguration): Graph {
-    return compileGraph(configuration, {
-      models: this.models,
-      limits: { maxAgents: this.config.MAX_AGENTS, maxConnections: this.config.MAX_CONNECTIONS },
-    });
+  /** Rejects with `workflow_invalid` and all faults. `stored`: whether it was accepted earlier, perhaps by an older server. */
+  compile(configuration: WorkflowConfiguration, { stored = false } = {}): Promise<Graph> {
+    const { MAX_AGENTS: maxAgents, MAX_CONNECTIONS: maxConnections } = this.config;
+    const options = { models: this.models, limits: { maxAgents, maxConnections }, stored };
+    return compileGraphInTurns(configuration, options, () => this.evaluator.turn());
   }
 
   /** Rejects with `workflow_invalid`, and with `workflow_exists` if the name has this version. */
   async create(body: CreateWorkflowDto): Promise<WorkflowDto> {
-    this.compile(body.configuration);
+    await this.compile(body.configuration);
     const { name, version, description, configuration, is_active } = body;
     const values = [uuidv7(), name, version, description, configuration, is_active ?? true, new Date()];
     for (;;) {
@@ -92,7 +93,7 @@ export class WorkflowsService {
   /** Changes the definition alone: what is deployed goes on as it was deployed. Rejects as {@link create} does. */
   async update(workflowId: string, body: UpdateWorkflowDto): Promise<WorkflowDto> {
     if (!isUuid(workflowId)) throw notFound(workflowId);
-    if (body.configuration) this.compile(body.configuration);
+    if (body.configuration) await this.compile(body.configuration);
     // Undefined leaves a column alone.
     const fields = {
       name: body.name ?? undefined,

@@ -2,6 +2,7 @@ import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
 import request from 'supertest';
 import { WorkflowsService } from '../../src/workflows/workflows.service.js';
 import { supportDesk } from '../../src/workflows/example.js';
+import { Evaluator } from '../../src/engine/evaluation.js';
 import { runGraph } from '../../src/engine/runner.js';
 import { ModelRegistry } from '../../src/models/model-registry.js';
 import { startTestApp } from '../support/app.js';
@@ -329,12 +330,13 @@ describe('the example', () => {
     ['INVOICE!', 'billing', 'technical'],
     ['The app does not start.', 'technical', 'billing'],
   ])('sends %j to the %s agent and skips the other', async (query, answering, skipped) => {
-    const graph = server.app.get(WorkflowsService).compile(supportDesk.configuration);
+    const graph = await server.app.get(WorkflowsService).compile(supportDesk.configuration);
     const ends = new Map<string, { status: string; output: string }>();
     const { status } = await runGraph({
       graph,
       input: { query, chat_history: [], overrides: {} },
       models: server.app.get(ModelRegistry, { strict: false }),
+      evaluator: server.app.get(Evaluator, { strict: false }),
       observer: {
         stepStarted: () => undefined,
         content: () => undefined,

@@ -1,4 +1,7 @@
+import { afterAll } from '@jest/globals';
 import { AppError, type Fault } from '../../src/errors.js';
+import { EvaluationPool } from '../../src/engine/evaluation-pool.js';
+import { Evaluations, type Evaluator } from '../../src/engine/evaluation.js';
 import { compileGraph, type Graph } from '../../src/engine/graph.js';
 import {
   runGraph,
@@ -7,6 +10,7 @@ import {
   type RunObserver,
   type StepResult,
 } from '../../src/engine/runner.js';
+import { Metrics } from '../../src/metrics.js';
 import {
   ModelRegistry,
   type Model,
@@ -14,6 +18,26 @@ import {
   type ModelRequest,
   type ModelUsage,
 } from '../../src/models/model-registry.js';
+
+/** A pool for a test: its threads end with the test file, and what should not happen to them fails it. */
+export function openPool({ budget_ms = 2000, threads = 2 } = {}): EvaluationPool {
+  const metrics = new Metrics();
+  const defects: unknown[] = [];
+  const pool = new EvaluationPool({ threads, budget_ms, metrics, onDefect: (error) => defects.push(error) });
+  afterAll(async () => {
+    await pool.close();
+    if (defects.length > 0) throw new AggregateError(defects, 'Threads ended in a way that they should not');
+  });
+  return pool;
+}
+
+/** The pool of all runs of a test file; it starts threads only where they are needed. */
+export const pool = openPool();
+
+/** The evaluations of a run that nobody stops. */
+export function evaluations(evaluator: Evaluator = pool): Evaluations {
+  return new Evaluations(evaluator, new AbortController().signal);
+}
 
 /** How a scripted model answers its `call`th request, counted from 1: each item of the iteration is one batch of parts. */
 export type Script = (request: ModelRequest, signal: AbortSignal, call: number) => AsyncIterable<ModelPart[]>;
@@ -217,6 +241,7 @@ export function execute(
     input = {},
     models = new ScriptedModels(),
     observer = new Recorder(),
+    evaluator = pool,
     completed,
     signal = new AbortController().signal,
   }: { input?: Partial<RunInput> } & Partial<Omit<GraphRun, 'graph' | 'input'>> = {},
@@ -225,6 +250,7 @@ export function execute(
     graph,
     input: { query: 'the query', chat_history: [], overrides: {}, ...input },
     models,
+    evaluator,
     observer,
     completed,
     signal,

@@ -1,14 +1,31 @@
 import { describe, expect, it } from '@jest/globals';
 import { AppError, type Fault } from '../../src/errors.js';
 import { compileTemplate, type EarlierResults, type TemplateScope } from '../../src/engine/templates.js';
+import { evaluations } from './engine-support.js';
 
 const nothingEarlier: EarlierResults = { outputs: {}, errors: {} };
 
-function render(source: string, scope: Partial<TemplateScope> = {}, earlier = nothingEarlier): string {
+/** What a run gives to its templates, where nothing is said about it. */
+function scopeOf(scope: Partial<TemplateScope> = {}, earlier = nothingEarlier): TemplateScope {
+  return {
+    query: 'q',
+    variables: {},
+    chat_history: [],
+    earlier: () => earlier,
+    evaluations: evaluations(),
+    ...scope,
+  };
+}
+
+async function render(
+  source: string,
+  scope: Partial<TemplateScope> = {},
+  earlier = nothingEarlier,
+): Promise<string> {
   const faults: Fault[] = [];
   const template = compileTemplate(source, { pointer: '/t', faults });
   if (template === undefined) throw new Error(faults[0]?.detail);
-  return template.render({ query: 'q', variables: {}, chat_history: [], ...scope }, () => earlier);
+  return template.render(scopeOf(scope, earlier));
 }
 
 function faultIn(source: string): string {
@@ -18,9 +35,9 @@ function faultIn(source: string): string {
   return faults[0]?.detail ?? '';
 }
 
-function renderError(source: string, scope?: Partial<TemplateScope>): AppError {
+async function renderError(source: string, scope?: Partial<TemplateScope>): Promise<AppError> {
   try {
-    render(source, scope);
+    await render(source, scope);
   } catch (error) {
     if (error instanceof AppError) return error;
     throw error;
@@ -29,8 +46,8 @@ function renderError(source: string, scope?: Partial<TemplateScope>): AppError {
 }
 
 describe('a template', () => {
-  it('reads the query, variables, history, outputs and errors', () => {
-    const text = render(
+  it('reads the query, variables, history, outputs and errors', async () => {
+    const text = await render(
       '{{ query }}|{{ variables.user.name | upcase }}|{% for m in chat_history %}{{ m.actor }}:{{ m.content }};{% endfor %}|{{ outputs.a }}|{{ outputs["a-b"] }}|{{ errors.c.code }} {{ errors.c.message }}',
       {
         query: 'Hi',
@@ -45,10 +62,10 @@ describe('a template', () => {
     expect(text).toBe('Hi|ANN|user:1;assistant:2;|A|AB|model_error gone');
   });
 
-  it('reads outputs of agents with unlucky names', () => {
+  it('reads outputs of agents with unlucky names', async () => {
     const outputs = { hasOwnProperty: '1', toString: '2', valueOf: '3', toLiquid: '4', _1: '5' };
     expect(
-      render(
+      await render(
         '{{ outputs.hasOwnProperty }}{{ outputs.toString }}{{ outputs.valueOf }}{{ outputs.toLiquid }}{{ outputs._1 }}',
         {},
         { outputs, errors: {} },
@@ -56,13 +73,13 @@ describe('a template', () => {
     ).toBe('12345');
   });
 
-  it('gives nothing for what is missing', () => {
-    expect(render('[{{ variables.a.b }}{{ nope }}{{ outputs.x }}{{ errors.x.message }}]')).toBe('[]');
+  it('gives nothing for what is missing', async () => {
+    expect(await render('[{{ variables.a.b }}{{ nope }}{{ outputs.x }}{{ errors.x.message }}]')).toBe('[]');
   });
 
-  it('shows hostile text as it is', () => {
+  it('shows hostile text as it is', async () => {
     const hostile = '{{ query }} {% raw %}\r\n\u2028\u0000\ud800😀<script>';
-    expect(render('{{ query }}', { query: hostile })).toBe(hostile);
+    expect(await render('{{ query }}', { query: hostile })).toBe(hostile);
   });
 
   it('is refused when it can not be parsed, saying where', () => {
@@ -85,7 +102,7 @@ describe('a template', () => {
     expect(faultIn('{% liquid\n include "/etc/passwd"\n%}')).toContain('tag "include" not found');
   });
 
-  it('sees neither prototypes nor anything of the server', () => {
+  it('sees neither prototypes nor anything of the server', async () => {
     for (const source of [
       '{{ query.constructor }}',
       '{{ variables.constructor.name }}',
@@ -95,46 +112,47 @@ describe('a template', () => {
       '{{ chat_history.map }}',
       '{{ process.env.PATH }}{{ globalThis }}{{ models }}{{ signal }}{{ agent_id }}',
     ]) {
-      expect([source, render(source)]).toEqual([source, '']);
+      expect([source, await render(source)]).toEqual([source, '']);
     }
   });
 
-  it('changes nothing that other renderings see', () => {
+  it('changes nothing that other renderings see', async () => {
     const variables = { n: 1 };
     const source =
       '{% assign __proto__ = variables %}{% assign variables = 5 %}{% increment query %}{% increment constructor %}';
-    expect(render(source, { variables })).toBe('00');
+    expect(await render(source, { variables })).toBe('00');
     expect(variables).toEqual({ n: 1 });
-    expect(render('{{ n }}{{ query }}{{ constructor }}')).toBe('q');
+    expect(await render('{{ n }}{{ query }}{{ constructor }}')).toBe('q');
     expect(({} as Record<string, unknown>)['n']).toBeUndefined();
   });
 
-  it('asks for earlier results only when it names them', () => {
-    const template = compileTemplate('{{ query }}', { pointer: '', faults: [] });
-    const scope = { query: 'q', variables: {}, chat_history: [] };
-    expect(
-      template?.render(scope, () => {
-        throw new Error('asked');
-      }),
-    ).toBe('q');
+  it('asks for earlier results only when it names them', async () => {
+    const template = compileTemplate('{{ query }}{{ query | upcase }}', { pointer: '', faults: [] });
+    const earlier = (): never => {
+      throw new Error('asked');
+    };
+    expect(await template?.render({ ...scopeOf(), earlier })).toBe('qQ');
   });
 
-  it('is refused when it is too long or nested too deeply', () => {
+  it('is refused when it is too long or nested too deeply', async () => {
     expect(faultIn('x'.repeat(100_001))).toContain('longer than 100000 characters');
-    expect(render('x'.repeat(100_000))).toHaveLength(100_000);
+    expect(await render('x'.repeat(100_000))).toHaveLength(100_000);
     expect(faultIn('{% if a %}'.repeat(4500) + '{% endif %}'.repeat(4500))).toContain('nested too deeply');
   });
 
-  it('is ended when it takes too long, too much memory, or gives too much text', () => {
+  it('is ended when it takes too long, too much memory, or gives too much text', async () => {
     const big = 'x'.repeat(100_000);
     const late = /longer than 500 ms|template render limit exceeded/;
-    const memory = /memory|longer than 500 ms/;
+    const memory = /memory|longer than 500 ms|longer than 5000000 characters/;
     const bombs: [string, RegExp][] = [
       ['{% for i in (1..3000) %}{% for j in (1..3000) %}{% assign x = i %}{% endfor %}{% endfor %}', late],
       ['{{ variables.long }}'.repeat(4000), late],
       ['{% for i in (1..100000000) %}x{% endfor %}', memory],
       ['{% assign x = "aaaaaaaa" %}{% for i in (1..60) %}{% assign x = x | append: x %}{% endfor %}', memory],
-      ['{% for i in (1..100000) %}{{ variables.big }}{% endfor %}', /too long|longer than 500 ms/],
+      [
+        '{% for i in (1..100000) %}{{ variables.big }}{% endfor %}',
+        /longer than 5000000 characters|longer than 500 ms/,
+      ],
       [
         '{% for i in (1..60) %}{{ variables.big }}{% endfor %}',
         /longer than 5000000 characters|longer than 500 ms/,
@@ -147,19 +165,21 @@ describe('a template', () => {
     ];
     const long = Array.from({ length: 100_000 }, () => 1);
     for (const [source, message] of bombs) {
-      const error = renderError(source, { variables: { big, long } });
+      const error = await renderError(source, { variables: { big, long } });
       expect(error.code).toBe('agent_error');
       expect(error.message).toMatch(message);
     }
   });
 
-  it('is ended also within a single tag', () => {
+  it('is ended also within a single tag', async () => {
     const variables = { text: 'a'.repeat(20_000), part: 'a'.repeat(4000) + 'b' + 'a'.repeat(4000) };
     const many = Array.from({ length: 500 }, () => 'variables.text contains variables.part').join(' or ');
-    expect(renderError(`{% if ${many} %}{% endif %}`, { variables }).message).toContain('longer than 500 ms');
+    expect((await renderError(`{% if ${many} %}{% endif %}`, { variables })).message).toContain(
+      'longer than 500 ms',
+    );
   });
 
-  it('refuses searches that nothing could interrupt', () => {
+  it('refuses searches that nothing could interrupt', async () => {
     const variables = { text: 'a'.repeat(400_000), part: 'a'.repeat(100_000) + 'b' + 'a'.repeat(100_000) };
     for (const search of [
       'variables.text | split: variables.part',
@@ -170,37 +190,38 @@ describe('a template', () => {
       'variables.text | remove_first: variables.part',
       'variables.text | remove_last: variables.part',
     ]) {
-      expect(renderError(`{{ ${search} }}`, { variables }).message).toContain(
+      expect((await renderError(`{{ ${search} }}`, { variables })).message).toContain(
         'it searches a text of 400000 characters for one of 200001',
       );
     }
     expect(
-      renderError('{% if variables.text contains variables.part %}{% endif %}', { variables }).message,
+      (await renderError('{% if variables.text contains variables.part %}{% endif %}', { variables }))
+        .message,
     ).toContain('it searches a text');
-    expect(render('{{ query | replace: "a", "b" | split: "b" | join: "-" }}', { query: 'xay' })).toBe('x-y');
+    expect(await render('{{ query | replace: "a", "b" | split: "b" | join: "-" }}', { query: 'xay' })).toBe(
+      'x-y',
+    );
     expect(
-      render('{% if query contains "a" and variables.l contains 2 %}y{% endif %}', {
+      await render('{% if query contains "a" and variables.l contains 2 %}y{% endif %}', {
         query: 'xay',
         variables: { l: [1, 2] },
       }),
     ).toBe('y');
   });
 
-  it('works again after it was ended', () => {
+  it('works again after it was ended', async () => {
     const template = compileTemplate(
       '{% for i in variables.l %}{% for j in variables.l %}{% for k in variables.l %}{% cycle "a", "b" %}{% endfor %}{% endfor %}{% endfor %}',
       { pointer: '', faults: [] },
     );
-    const scope = (length: number) => ({
-      query: '',
-      variables: { l: Array.from({ length }, () => 1) },
-      chat_history: [],
-    });
-    expect(() => template?.render(scope(2000), () => nothingEarlier)).toThrow(/500 ms|render limit/);
-    expect(template?.render(scope(2), () => nothingEarlier)).toBe('abababab');
+    const scope = (length: number) => scopeOf({ variables: { l: Array.from({ length }, () => 1) } });
+    await expect(template?.render(scope(2000))).rejects.toThrow(/500 ms|render limit/);
+    expect(await template?.render(scope(2))).toBe('abababab');
   });
 
-  it('reads dates in UTC, wherever the server stands', () => {
-    expect(render('{{ "2026-01-01T00:30:00Z" | date: "%Y-%m-%d %H:%M %z" }}')).toBe('2026-01-01 00:30 +0000');
+  it('reads dates in UTC, wherever the server stands', async () => {
+    expect(await render('{{ "2026-01-01T00:30:00Z" | date: "%Y-%m-%d %H:%M %z" }}')).toBe(
+      '2026-01-01 00:30 +0000',
+    );
   });
 });

@@ -2,6 +2,7 @@ import type { z } from 'zod';
 import type { ErrorCode, Fault } from '../../errors.js';
 import type { ModelRegistry, ModelUsage } from '../../models/model-registry.js';
 import type { AgentOverrides, ChatMessage } from '../definition.js';
+import type { Evaluations } from '../evaluation.js';
 import type { EarlierResults } from '../templates.js';
 import { parseShape } from '../validation.js';
 
@@ -29,6 +30,8 @@ export interface AgentContext {
   sources: readonly Source[];
   /** Results of all agents before this one in the graph, for templates. */
   earlier(): EarlierResults;
+  /** Evaluates the run's templates: what `Template.render` takes is in here. */
+  evaluations: Evaluations;
   /** What the request changes for this agent; its `variables` are in {@link variables} already. */
   overrides: AgentOverrides;
   models: ModelRegistry;

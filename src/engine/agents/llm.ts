@@ -2,7 +2,7 @@ import { z } from 'zod';
 import { AppError, TransientError } from '../../errors.js';
 import type { Model, ModelMessage, ModelRequest, ModelUsage } from '../../models/model-registry.js';
 import { settingSchemas } from '../definition.js';
-import { compileTemplate, type Template } from '../templates.js';
+import { compileTemplate } from '../templates.js';
 import { toPointer } from '../validation.js';
 import { agentKind, type AgentContext, type Source } from './agent.js';
 
@@ -49,15 +49,19 @@ export const llmAgent = agentKind(schema, (config, { pointer, models, faults }) 
     pointer: toPointer(pointer, 'system_prompt'),
     faults,
   });
-  return prompt && { run: (context) => answer(prepare(config, prompt, context), context) };
+  return (
+    prompt && {
+      run: async (context) => answer(prepare(config, await prompt.render(context), context), context),
+    }
+  );
 });
 
-function prepare(config: LlmConfig, prompt: Template, context: AgentContext): Call {
+function prepare(config: LlmConfig, systemPrompt: string, context: AgentContext): Call {
   const { overrides } = context;
   return {
     model: context.models.resolve(overrides.model ?? config.model),
     request: {
-      messages: toMessages(prompt.render(context, context.earlier), context),
+      messages: toMessages(systemPrompt, context),
       temperature: overrides.temperature ?? config.temperature,
       max_tokens: overrides.max_tokens ?? config.max_tokens,
       top_p: overrides.top_p ?? config.top_p,

@@ -11,7 +11,7 @@ export const templateAgent = agentKind(
     return (
       template && {
         async run(context) {
-          const text = template.render(context, context.earlier);
+          const text = await template.render(context);
           if (text !== '') await context.emit(text);
           return { input_tokens: 0, output_tokens: 0 };
         },

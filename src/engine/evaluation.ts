@@ -1,0 +1,117 @@
+import { AppError } from '../errors.js';
+import { EvaluationLimitError, MAX_EVALUATION_CHARS, type EvaluationLimit } from './bounds.js';
+
+/** A template to be rendered, and what it reads: JSON where it is no text, absent where it does not name it. */
+export interface TemplateTask {
+  kind: 'template';
+  source: string;
+  query?: string;
+  variables?: string;
+  chat_history?: string;
+  outputs?: Record<string, string>;
+  errors?: Record<string, unknown>;
+}
+
+/** A condition to be evaluated. */
+export interface ConditionTask {
+  kind: 'condition';
+  source: string;
+  /** Whether it was accepted when regular expressions were those of JavaScript. */
+  stored: boolean;
+  query?: string;
+  output?: string;
+  variables?: string;
+}
+
+export type EvaluationTask = TemplateTask | ConditionTask;
+
+/** The text of a template, or whether a condition holds; or why there is none, in words for a client. */
+export type EvaluationResult = { value: string | boolean } | { failure: string; limit?: EvaluationLimit };
+
+/** A result, and the time that it took in its thread, in ms. */
+export type Evaluated = EvaluationResult & { took_ms: number };
+
+/** Who waits for a thread: those that have taken least come first. */
+export interface Turn {
+  /** What the execution's evaluations took so far, ms. */
+  spent_ms: number;
+  /** Ends the waiting at once; the promise rejects. */
+  signal: AbortSignal;
+}
+
+/** Evaluates templates and conditions in threads, so that none of them stops the event loop, and each can be ended. */
+export abstract class Evaluator {
+  /** What the evaluations of one execution may take together, in ms of their threads. */
+  abstract readonly budget_ms: number;
+
+  /** Calls `make` when a thread is free. Rejects when `signal` aborts, with what `make` throws, or when it was closed. */
+  abstract run(make: () => EvaluationTask, turn: Turn): Promise<Evaluated>;
+
+  /** As `Turns.wait`, for what is evaluated on the event loop itself. */
+  abstract turn(): Promise<void> | undefined;
+
+  /** Counts an evaluation on the event loop. */
+  abstract countInline(): void;
+}
+
+/** The evaluations of one execution: one at a time in a thread, all of them within one budget. */
+export class Evaluations {
+  private spent_ms = 0;
+  private last: Promise<unknown> = Promise.resolve();
+
+  constructor(
+    private readonly evaluator: Evaluator,
+    private readonly signal: AbortSignal,
+  ) {}
+
+  turn(): Promise<void> | undefined {
+    return this.evaluator.turn();
+  }
+
+  countInline(): void {
+    this.evaluator.countInline();
+  }
+
+  /**
+   * Rejects with `AppError` `evaluation_limit` when the budget is used up, with {@link EvaluationLimitError} or an `Error`
+   * in words for a client when the evaluation fails.
+   */
+  inThread(make: () => EvaluationTask): Promise<string | boolean> {
+    const result = this.last.then(() => this.evaluate(make));
+    this.last = result.catch(() => undefined);
+    return result;
+  }
+
+  private async evaluate(make: () => EvaluationTask): Promise<string | boolean> {
+    const { spent_ms, signal, evaluator } = this;
+    if (spent_ms >= evaluator.budget_ms) {
+      throw new AppError(
+        'evaluation_limit',
+        `The templates and conditions of this execution took ${Math.round(spent_ms)} ms together; they may take ${evaluator.budget_ms} ms.`,
+      );
+    }
+    const evaluated = await evaluator.run(make, { spent_ms, signal });
+    this.spent_ms += evaluated.took_ms;
+    if ('value' in evaluated) return evaluated.value;
+    if (evaluated.limit === undefined) throw new Error(evaluated.failure);
+    throw new EvaluationLimitError(evaluated.failure, evaluated.limit);
+  }
+}
+
+const texts = new WeakMap<object, string>();
+
+/** The JSON of a value that does not change; made once, since many evaluations of a run read the same. */
+export function jsonOf(value: object): string {
+  const known = texts.get(value);
+  if (known !== undefined) return known;
+  const text = JSON.stringify(value);
+  texts.set(value, text);
+  return text;
+}
+
+/** Throws {@link EvaluationLimitError} if what an evaluation reads is longer than 20,000,000 characters. */
+export function refuseLongInput(read: readonly (string | undefined)[]): void {
+  const length = read.reduce((sum, text) => sum + (text?.length ?? 0), 0);
+  if (length <= MAX_EVALUATION_CHARS) return;
+  throw new EvaluationLimitError(`what it reads is longer than ${MAX_EVALUATION_CHARS} characters`, 'size');
+}
