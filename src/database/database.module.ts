@@ -2,12 +2,11 @@ import { Global, Inject, Logger, Module } from '@nestjs/common';
 import type { OnApplicationShutdown } from '@nestjs/common';
 import { TypeOrmModule } from '@nestjs/typeorm';
 import { Pool } from 'pg';
-import { DataSource } from 'typeorm';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
-import { CONNECT_TIMEOUT_MS, createDataSource, migrate } from './data-source.js';
-import { timeLimits } from './strict-client.js';
+import { createDataSource, migrate } from './data-source.js';
 import { Notifications } from './notifications.js';
+import { sessionConfig } from './session.js';
 
 /** TypeORM for the resources, and a plain `pg` pool for the prepared statements of the hot path. */
 @Global()
@@ -15,15 +14,9 @@ import { Notifications } from './notifications.js';
   imports: [
     TypeOrmModule.forRootAsync({
       inject: [CONFIG],
-      useFactory: (config: ServerConfig) => ({
-        ...createDataSource({ url: config.DATABASE_URL, timeoutMs: config.DATABASE_TIMEOUT_MS }).options,
-        retryAttempts: 1,
-      }),
-      dataSourceFactory: async (options) => {
-        if (options?.type !== 'postgres' || !options.url)
-          throw new Error('The data source must be PostgreSQL.');
-        await migrate(options.url);
-        return new DataSource(options).initialize();
+      useFactory: async ({ DATABASE_URL: url, DATABASE_TIMEOUT_MS: timeoutMs }: ServerConfig) => {
+        await migrate(url);
+        return { ...createDataSource({ url, timeoutMs }).options, retryAttempts: 1 };
       },
     }),
   ],
@@ -34,12 +27,8 @@ import { Notifications } from './notifications.js';
       inject: [CONFIG],
       useFactory: (config: ServerConfig) =>
         new Pool({
-          connectionString: config.DATABASE_URL,
+          ...sessionConfig(config.DATABASE_URL, { statementMs: config.DATABASE_TIMEOUT_MS }),
           max: config.DATABASE_POOL_SIZE,
-          connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
-          ...timeLimits(config.DATABASE_TIMEOUT_MS),
-          keepAlive: true,
-          application_name: 'agent-studio',
         }),
     },
   ],

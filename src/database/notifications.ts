@@ -30,6 +30,7 @@ export class Notifications implements OnModuleInit, OnApplicationShutdown {
   constructor(@Inject(CONFIG) config: ServerConfig) {
     this.session = new SessionConnection({
       connectionString: config.DATABASE_URL,
+      kind: 'notifications',
       setup: this.setup,
       onConnect: (client) => {
         client.on('notification', ({ channel, payload = '' }) =>

@@ -1,12 +1,14 @@
 import type { Client, QueryConfig, QueryResult, QueryResultRow } from 'pg';
-import { CONNECT_TIMEOUT_MS } from './data-source.js';
-import { StrictClient, timeLimits } from './strict-client.js';
+import { sessionConfig } from './session.js';
+import type { SessionKind } from './session.js';
+import { StrictClient } from './strict-client.js';
 
 /** ms that a statement may take: a connection that nothing comes through must be made again. */
 const STATEMENT_MS = 10_000;
 
-export interface SessionOptions {
+export interface SessionConnectionOptions {
   connectionString: string;
+  kind: SessionKind;
   /** Statements that every new connection begins with. */
   setup: string[];
   /** Called with each connection after its setup, the first one included. */
@@ -20,7 +22,7 @@ export class SessionConnection {
   private current: Promise<Client> | undefined;
   private closed = false;
 
-  constructor(private readonly options: SessionOptions) {}
+  constructor(private readonly options: SessionConnectionOptions) {}
 
   /** Rejects as pg does, and after 10 s without an answer; the next call then makes a new connection. */
   async query<Row extends QueryResultRow>(query: QueryConfig): Promise<QueryResult<Row>> {
@@ -48,14 +50,8 @@ export class SessionConnection {
   }
 
   private async connect(forget: () => boolean): Promise<Client> {
-    const { connectionString, setup, onConnect } = this.options;
-    const client = new StrictClient({
-      connectionString,
-      connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
-      ...timeLimits(STATEMENT_MS),
-      keepAlive: true,
-      application_name: 'agent-studio',
-    });
+    const { connectionString, kind, setup, onConnect } = this.options;
+    const client = new StrictClient(sessionConfig(connectionString, { kind, statementMs: STATEMENT_MS }));
     const lost = (error: Error) => {
       if (forget() && !this.closed) this.options.onLost?.(error);
     };

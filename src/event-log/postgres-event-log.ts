@@ -86,6 +86,7 @@ export class PostgresEventLog
     super();
     this.session = new SessionConnection({
       connectionString: config.DATABASE_URL,
+      kind: 'log',
       setup: [`SET synchronous_commit = ${config.DURABLE_CHUNKS === 'true' ? 'on' : 'off'}`],
     });
   }

@@ -62,6 +62,7 @@ export class PostgresMergedLog extends MergedLog implements BeforeApplicationShu
     super();
     this.session = new SessionConnection({
       connectionString: config.DATABASE_URL,
+      kind: 'merged-log',
       setup: [`SET synchronous_commit = ${config.DURABLE_CHUNKS === 'true' ? 'on' : 'off'}`],
       onLost: (error) => {
         this.logger.warn(`The connection that stores the order of merged logs was lost: ${error.message}`);

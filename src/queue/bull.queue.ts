@@ -5,9 +5,8 @@ import { Queue, WaitingError, Worker, createPostgresBackend, createRedisBackend 
 import type { BackendFactory, ConnectionOptions, IQueueBackend } from 'bullmq';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
-import { CONNECT_TIMEOUT_MS } from '../database/data-source.js';
 import { GroupCommit } from '../database/group-commit.js';
-import { timeLimits } from '../database/strict-client.js';
+import { sessionConfig } from '../database/session.js';
 import { Metrics } from '../metrics.js';
 import { ExecutionQueue, LockLostError } from './execution-queue.js';
 import type { ExecutionHandler } from './execution-queue.js';
@@ -181,14 +180,12 @@ function unhurried(backend: Backend): Backend {
 }
 
 function postgresBackend(connectionString: string): CreateBackend {
+  const session = sessionConfig(connectionString, { kind: 'queue', statementMs: QUERY_TIMEOUT_MS });
   const connection = {
-    connectionString,
+    ...session,
+    options: `${session.options} -c synchronous_commit=off`, // BullMQ adds the search_path of its own schema
     migrate: true,
     max: POOL_SIZE,
-    connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
-    ...timeLimits(QUERY_TIMEOUT_MS),
-    keepAlive: true,
-    options: '-c synchronous_commit=off',
   };
   return (name, options, kind) => createPostgresBackend(name, { ...options, connection }, kind);
 }
