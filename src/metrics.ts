@@ -22,7 +22,7 @@ export class Metrics {
   });
   readonly lostLocks = new Counter({
     name: 'agent_studio_lost_locks_total',
-    help: 'Executions that this process had to let go because it could not keep their lock',
+    help: 'Executions that this process had to let go because it could not keep its lease',
     registers: [this.registry],
   });
   readonly refusedExecutions = new Counter({

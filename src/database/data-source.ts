@@ -10,6 +10,7 @@ import { ExecutionSubscriber } from './entities/execution-subscriber.entity.js';
 import { ServerProcess } from './entities/server-process.entity.js';
 import { StatusEvent } from './entities/status-event.entity.js';
 import { Step } from './entities/step.entity.js';
+import { WorkerLease } from './entities/worker-lease.entity.js';
 import { Workflow } from './entities/workflow.entity.js';
 import { CONNECT_TIMEOUT_MS, sessionConfig } from './session.js';
 import { StrictClient } from './strict-client.js';
@@ -39,6 +40,7 @@ export function createDataSource({ url, poolSize = 10, timeoutMs }: DatabaseOpti
     type: 'postgres',
     url: connectionString,
     entities: [
+      WorkerLease,
       Workflow,
       Deployment,
       DeploymentRevision,

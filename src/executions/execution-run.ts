@@ -1,6 +1,5 @@
 import { Logger } from '@nestjs/common';
 import { v7 as uuidv7 } from 'uuid';
-import type { Execution } from '../database/entities/execution.entity.js';
 import type { Step } from '../database/entities/step.entity.js';
 import type { CompiledRevision } from '../deployments/deployments.service.js';
 import { parseOverrides } from '../engine/definition.js';
@@ -13,14 +12,15 @@ import { FencedError } from '../event-log/event-log.js';
 import type { EventLog, ExecutionEnd, LogWriter } from '../event-log/event-log.js';
 import type { ModelRegistry } from '../models/model-registry.js';
 import { LockLostError } from '../queue/execution-queue.js';
+import type { ClaimedExecution } from './claims.js';
 import type { ExecutionEnds } from './ends.js';
 import { CancelledError } from './running-executions.js';
 import { isCheckpoint } from './status.js';
 import type { StepStore } from './step-store.js';
 
 export interface ExecutionRunOptions {
-  /** The row as claimed: its `fence` is this run's. */
-  execution: Execution;
+  /** As claimed: its `fence` is this run's. */
+  execution: ClaimedExecution;
   revision: CompiledRevision;
   /** Highest sequence in its log. */
   lastSequence: number;
@@ -257,9 +257,8 @@ export function timeLimit({
 } {
   const asked = execution.input.runtime_overrides.timeout;
   const seconds = typeof asked === 'number' ? asked : (revision.runtime_config.timeout ?? defaultTimeoutS);
-  const spentMs = Date.now() - (execution.started_at ?? new Date()).getTime();
   const reason = new AppError('timeout', `The execution took longer than its limit of ${seconds} s.`);
-  return { reason, remainingMs: seconds * 1000 - spentMs };
+  return { reason, remainingMs: seconds * 1000 - execution.spent_ms };
 }
 
 const NO_USAGE = { input_tokens: 0, output_tokens: 0 };

@@ -13,6 +13,7 @@ import { ChunkSerializer } from '../event-log/chunk.js';
 import { Metrics } from '../metrics.js';
 import { ModelRegistry } from '../models/model-registry.js';
 import { ExecutionQueue } from '../queue/execution-queue.js';
+import { ROW_WAIT_MS } from './claims.js';
 import { ExecutionsAdmission } from './executions.admission.js';
 import type { AcceptedExecution, ExecuteDto } from './executions.dto.js';
 import { QUEUED } from './status.js';
@@ -85,12 +86,12 @@ export class ExecutionsAcceptance {
       values: [...values, JSON.stringify(input), created_at, idempotencyKey, started, admitted],
     });
     // At the same time, since a worker that is faster than the commit waits for it; with a key there may be no commit.
-    if (admitted && idempotencyKey === undefined) this.enqueue(execution_id);
+    if (admitted && idempotencyKey === undefined) this.enqueue(execution_id, inserted);
     const { rowCount } = await inserted;
     // The same request won the race for the key, and is there to be found now.
     if (rowCount === 0) return this.accept(request, idempotencyKey);
     if (!admitted) this.admission.release(deployment_id);
-    else if (idempotencyKey !== undefined) this.enqueue(execution_id);
+    else if (idempotencyKey !== undefined) this.enqueue(execution_id, inserted);
     this.metrics.executions.inc({ state: 'queued' });
     return { execution_id, status: 'queued', deployment_name, workflow_id, deployment_id, created_at };
   }
@@ -125,8 +126,18 @@ export class ExecutionsAcceptance {
     return rows[0];
   }
 
-  private enqueue(executionId: string): void {
-    this.queue.add([executionId]).catch((error: unknown) => this.logger.error(error));
+  /** A worker drops a job whose execution is not there after a while: one that came late is queued again. One that failed is taken back. */
+  private enqueue(executionId: string, inserted: Promise<unknown>): void {
+    const report = (error: unknown) => this.logger.error(error);
+    const added = this.queue.add([executionId]);
+    added.catch(report);
+    const begun = performance.now();
+    inserted.then(
+      () => {
+        if (performance.now() - begun > ROW_WAIT_MS / 2) this.queue.add([executionId]).catch(report);
+      },
+      () => added.then(() => this.queue.remove([executionId])).catch(report),
+    );
   }
 
   private async findEarlier(

@@ -10,6 +10,7 @@ import { QueueModule } from '../queue/queue.module.js';
 import { ExecutionsAcceptance } from './executions.acceptance.js';
 import { ExecutionsAdmission } from './executions.admission.js';
 import { StatusEventsModule } from '../status-events/status-events.module.js';
+import { Claims } from './claims.js';
 import { ExecutionEnds } from './ends.js';
 import { ExecutionStreams } from './execution.stream.js';
 import { ExecuteController, ExecutionsController } from './executions.controller.js';
@@ -17,10 +18,12 @@ import { ExecutionsReader } from './executions.reader.js';
 import { ExecutionsService } from './executions.service.js';
 import { ExecutionsSweep } from './executions.sweep.js';
 import { ExecutionsWorker } from './executions.worker.js';
+import { LostExecutions } from './lost-executions.js';
 import { Retention } from './retention.js';
 import { RunningExecutions } from './running-executions.js';
 import { StepStore } from './step-store.js';
 import { Subscribers } from './subscribers.js';
+import { WorkerLeases } from './worker-leases.js';
 
 @Module({
   imports: [
@@ -34,6 +37,7 @@ import { Subscribers } from './subscribers.js';
   ],
   controllers: [ExecuteController, ExecutionsController],
   providers: [
+    Claims,
     ExecutionEnds,
     ExecutionStreams,
     ExecutionsAcceptance,
@@ -42,10 +46,12 @@ import { Subscribers } from './subscribers.js';
     ExecutionsService,
     ExecutionsSweep,
     ExecutionsWorker,
+    LostExecutions,
     Retention,
     RunningExecutions,
     StepStore,
     Subscribers,
+    WorkerLeases,
   ],
   exports: [
     ExecutionEnds,

@@ -7,9 +7,10 @@ import { ExecutionQueue } from '../queue/execution-queue.js';
 import { Repeat } from '../repeat.js';
 import { StatusEvents } from '../status-events/status-events.js';
 import { ExecutionEnds } from './ends.js';
+import { LostExecutions } from './lost-executions.js';
 import { Retention } from './retention.js';
 import { Subscribers } from './subscribers.js';
-import { IS_UNFINISHED } from './status.js';
+import { IS_QUEUED, IS_RUNNING, IS_UNFINISHED } from './status.js';
 
 const SWEEP_MS = 10_000;
 /** Soon after the start: perhaps the whole system was down. */
@@ -24,12 +25,16 @@ const COUNT_UNFINISHED = {
   text: `SELECT count(*)::int AS unfinished FROM execution WHERE admitted AND status ${IS_UNFINISHED}`,
 };
 
-/** Executions that must be in the queue, the oldest first, but for those whose way into it may take a moment still. */
+/**
+ * Executions that must be in the queue, the oldest first, but for those whose way into it may take a moment still, and for those
+ * that a process has by its lease. The clock of the process that accepted one may be wrong.
+ */
 const UNFINISHED = {
   name: 'execution-unfinished',
   text: `
     SELECT execution_id FROM execution
-     WHERE admitted AND status ${IS_UNFINISHED} AND created_at < now() - $1 * interval '1 ms'
+     WHERE admitted AND (status ${IS_QUEUED} OR status ${IS_RUNNING} AND leased_fence IS DISTINCT FROM fence)
+       AND abs(extract(epoch FROM now() - created_at)) * 1000 > $1
        AND ($2::uuid IS NULL OR execution_id > $2)
      ORDER BY execution_id LIMIT $3`,
 };
@@ -48,6 +53,7 @@ export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy 
     @Inject(CONFIG) private readonly config: ServerConfig,
     private readonly pool: Pool,
     private readonly queue: ExecutionQueue,
+    private readonly lost: LostExecutions,
     private readonly subscribers: Subscribers,
     private readonly statusEvents: StatusEvents,
     private readonly retention: Retention,
@@ -64,6 +70,7 @@ export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy 
 
   private async sweep(signal: AbortSignal): Promise<void> {
     const tasks = [
+      () => this.lost.sweep(),
       () => this.requeueLost(signal),
       () => this.subscribers.forgetDead(),
       () => this.statusEvents.number(),
@@ -85,8 +92,8 @@ export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy 
   }
 
   /**
-   * Puts unfinished executions that the queue has lost back into it; those that are in it stay where they are. An execution
-   * that runs is in the queue as well: if it is not, its worker has lost its lock, or is about to find that out.
+   * Puts unfinished executions that the queue has lost back into it; those that are in it, or that a worker has, stay where
+   * they are.
    */
   private async requeueLost(signal: AbortSignal): Promise<void> {
     const { rows } = await this.pool.query<{ unfinished: number }>(COUNT_UNFINISHED);

@@ -3,15 +3,14 @@ import { Inject, Injectable, Logger } from '@nestjs/common';
 import type { OnApplicationShutdown } from '@nestjs/common';
 import { Queue, WaitingError, Worker, createPostgresBackend, createRedisBackend } from 'bullmq';
 import type { BackendFactory, ConnectionOptions, IQueueBackend } from 'bullmq';
+import { Pool } from 'pg';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { GroupCommit } from '../database/group-commit.js';
 import { sessionConfig } from '../database/session.js';
-import { Metrics } from '../metrics.js';
-import { ExecutionQueue, LockLostError } from './execution-queue.js';
-import type { ExecutionHandler } from './execution-queue.js';
-import { JobLeases, roundMs } from './job-leases.js';
-import type { JobLease } from './job-leases.js';
+import { readDeliveries } from './deliveries.js';
+import { ExecutionQueue, LockLostError, PutOffError } from './execution-queue.js';
+import type { Delivery, ExecutionHandler } from './execution-queue.js';
 
 const QUEUE_NAME = 'executions';
 const JOB_NAME = 'execution';
@@ -21,12 +20,17 @@ const POOL_SIZE = 4;
 const SIZE_TIMEOUT_MS = 5000;
 /** ms that a statement of the queue may take. */
 const QUERY_TIMEOUT_MS = 10_000;
-/** Before an execution that met a defect, or a database that is away, is handed to a worker again. */
+/** Before an execution that met a defect, or a database that is away, or was put off, is handed to a worker again. */
 const RETRY_DELAY_MS = 1000;
 /** Before a worker asks again after the queue's server did not answer as it should. */
 const FETCH_RETRY_MS = 500;
-/** BullMQ shall never give an execution up: its end has to be written into its log, which the handler does. */
-const MOST_STALLS = 1_000_000;
+/**
+ * How long BullMQ's lock lasts: longer than any execution may take, so that it is never renewed, and that processes of an earlier
+ * build, which search for locks that ran out, find none. Whether a worker lives is told by its lease.
+ */
+const LOCK_MS = 48 * 3_600_000;
+/** For BullMQ, the one that may take a job from any worker. */
+const ANY_TOKEN = '0';
 const COUNTED = ['waiting', 'prioritized', 'delayed', 'active'] as const;
 
 type Backend = IQueueBackend;
@@ -44,12 +48,16 @@ export class BullQueue extends ExecutionQueue implements OnApplicationShutdown {
   private readonly createBackend: CreateBackend;
   private readonly queue: Queue<unknown, unknown, string, unknown, unknown, string, Backend>;
   private worker: Worker<unknown, unknown, string, Backend> | undefined;
-  private leases: JobLeases | undefined;
+  private readonly running = new Set<AbortController>();
+  private readonly putOff: Delivered[] = [];
+  private resumption: NodeJS.Timeout | undefined;
+  private abandoned: LockLostError | undefined;
+  private stopping = false;
   private readonly additions = new GroupCommit<string, void>((jobIds) => this.addAll(jobIds));
 
   constructor(
-    @Inject(CONFIG) private readonly config: ServerConfig,
-    private readonly metrics: Metrics,
+    @Inject(CONFIG) config: ServerConfig,
+    private readonly pool: Pool,
   ) {
     super();
     this.connection = { url: config.REDIS_URL };
@@ -71,35 +79,43 @@ export class BullQueue extends ExecutionQueue implements OnApplicationShutdown {
     await Promise.all(executionIds.map((executionId) => this.additions.add(executionId)));
   }
 
+  async remove(executionIds: string[]): Promise<void> {
+    await Promise.all(executionIds.map((executionId) => this.queue.backend.remove(executionId, false)));
+  }
+
+  async requeue(executionIds: string[]): Promise<void> {
+    await Promise.all(
+      executionIds.map((executionId) => this.handBack({ jobId: executionId, token: ANY_TOKEN })),
+    );
+  }
+
+  deliveries(): Promise<Delivery[]> {
+    return readDeliveries(this.queue.backend, QUEUE_NAME, this.pool);
+  }
+
   process(handler: ExecutionHandler, concurrency: number): void {
-    const lock = this.config.JOB_LOCK_MS;
-    const createBackend: CreateBackend = (name, options, kind) => {
-      const backend = unhurried(this.createBackend(name, options, kind));
-      this.leases = new JobLeases(backend, lock, this.metrics);
-      return backend;
-    };
     this.worker = new Worker(
       QUEUE_NAME,
       async (job, token) => {
-        const { leases } = this;
-        if (!job.id || !token || !leases)
-          throw new Error('BullMQ handed over a job without an id or a lock.');
-        const lease = leases.hold(job.id, token);
-        await this.run(lease, handler).finally(() => leases.release(lease));
+        if (!job.id || !token) throw new Error('BullMQ handed over a job without an id or a lock.');
+        await this.run({ jobId: job.id, token }, handler);
       },
       {
         connection: this.connection,
         concurrency,
-        lockDuration: lock,
+        lockDuration: LOCK_MS,
         skipLockRenewal: true,
         skipStalledCheck: true,
-        stalledInterval: roundMs(lock),
-        maxStalledCount: MOST_STALLS,
         runRetryDelay: FETCH_RETRY_MS,
       },
-      createBackend,
+      (name, options, kind) => unhurried(this.createBackend(name, options, kind)),
     );
     this.worker.on('error', (error) => this.logger.warn(error));
+  }
+
+  resume(): void {
+    const [oldest] = this.putOff.splice(0, 1);
+    if (oldest) void this.handBack(oldest);
   }
 
   async size(): Promise<{ waiting: number; active: number }> {
@@ -118,11 +134,16 @@ export class BullQueue extends ExecutionQueue implements OnApplicationShutdown {
   }
 
   async stop(graceMs: number): Promise<void> {
-    const reason = new LockLostError('This worker is shutting down.');
-    const deadline = setTimeout(() => this.leases?.abandonAll(reason), graceMs);
-    await this.worker?.close();
+    this.stopping = true;
+    clearTimeout(this.resumption);
+    const deadline = setTimeout(() => {
+      this.abandoned = new LockLostError('This worker is shutting down.');
+      for (const controller of this.running) controller.abort(this.abandoned);
+    }, graceMs);
+    const closed = this.worker?.close();
+    await Promise.all(this.putOff.splice(0).map((delivered) => this.handBack(delivered)));
+    await closed;
     clearTimeout(deadline);
-    this.leases?.stop();
   }
 
   /** Late: until the HTTP server has closed, it accepts executions, and they want to get into the queue. */
@@ -139,30 +160,60 @@ export class BullQueue extends ExecutionQueue implements OnApplicationShutdown {
     return jobIds.map(() => undefined);
   }
 
-  private async run({ jobId, token, controller }: JobLease, handler: ExecutionHandler): Promise<void> {
+  private async run(delivered: Delivered, handler: ExecutionHandler): Promise<void> {
+    const controller = new AbortController();
+    if (this.abandoned) controller.abort(this.abandoned);
+    this.running.add(controller);
     const { signal } = controller;
     try {
-      await handler(jobId, signal);
+      await handler(delivered.jobId, signal);
     } catch (error) {
-      if (!(error instanceof LockLostError)) {
-        this.logger.error(error);
-        await sleep(RETRY_DELAY_MS, undefined, { signal }).catch(() => undefined); // the shutdown ends the wait
+      if (error instanceof PutOffError && !this.stopping) {
+        // It may be here already, from before others put it back.
+        const earlier = this.putOff.findIndex(({ jobId }) => jobId === delivered.jobId);
+        if (earlier >= 0) this.putOff.splice(earlier, 1);
+        this.putOff.push(delivered);
+        this.scheduleResumption();
+      } else {
+        if (!(error instanceof LockLostError || error instanceof PutOffError)) {
+          this.logger.error(error);
+          await sleep(RETRY_DELAY_MS, undefined, { signal }).catch(() => undefined); // the shutdown ends the wait
+        }
+        await this.handBack(delivered);
       }
-      await this.handBack(jobId, token);
       throw new WaitingError(); // BullMQ must not take the job for failed, and remove it
+    } finally {
+      this.running.delete(controller);
     }
   }
 
-  /** Back to the head of the queue. If the lock is another worker's, that one has it; if all fails, the lock runs out, which has the same effect. */
-  private async handBack(jobId: string, token: string): Promise<void> {
+  /** One at a time: what many wait for is handed out again once in a while, not all of it each time. */
+  private scheduleResumption(): void {
+    this.resumption ??= setTimeout(() => {
+      this.resumption = undefined;
+      this.resume();
+      if (this.putOff.length > 0) this.scheduleResumption();
+    }, RETRY_DELAY_MS);
+  }
+
+  /** Back to the head of the queue. If the lock is another worker's, that one has it. */
+  private async handBack({ jobId, token }: Delivered): Promise<void> {
     try {
       await this.queue.backend.retryJob(jobId, true, token);
     } catch (error) {
       this.logger.debug(error);
       // A queue that was emptied has no such job any more. One that is in it stays as it is.
-      await this.add([jobId]).catch((failure: unknown) => this.logger.warn(failure));
+      await this.queue
+        .add(JOB_NAME, {}, { jobId, lifo: true })
+        .catch((failure: unknown) => this.logger.warn(failure));
     }
   }
+}
+
+/** A job that BullMQ has handed to this process, with its lock. */
+interface Delivered {
+  jobId: string;
+  token: string;
 }
 
 /** BullMQ asks again at once after most errors: a server that is just starting would be asked hundreds of times a second. */

@@ -187,7 +187,7 @@ describeChaos('a hundred executions', () => {
         expect(await takeovers(runs)).toBeGreaterThanOrEqual(3);
         expect(runs.reduce((sum, { cleanCloses }) => sum + cleanCloses, 0)).toBeGreaterThanOrEqual(1);
         // What was handed back in good order has lost no worker.
-        const lost = (await chaos.rows(ids(runs))).filter(({ lost_attempts }) => lost_attempts > 0);
+        const lost = (await chaos.rows(ids(runs))).filter(({ losses }) => losses > 0);
         expect(lost.map(({ execution_id }) => execution_id)).toEqual([]);
       }, HANG_MS);
     },

@@ -279,7 +279,7 @@ describe('a terminal chunk comes before the first step', () => {
   it('when all workers that took it up have died', async () => {
     const stream = await client.stream({ deployment_name: await client.deploy(nothing), query: 'x' });
     await accepting.database.query(
-      "UPDATE execution SET status = 'running', attempt = 5, lost_attempts = 4 WHERE status = 'queued'",
+      "UPDATE execution SET attempt = 7, losses = 7, counted_losses = 5 WHERE status = 'queued'",
     );
     expect(await endOfAccepted(stream)).toMatchObject({ status: 'error', code: 'worker_lost' });
   });

@@ -51,7 +51,27 @@ export class Execution {
   @Column('integer', { default: 0 })
   fence: number;
 
-  /** Attempts in a row whose worker was lost, without a step that came to its end in between. */
+  /** The lease of the process that runs it (`worker_lease`). True only while `leased_fence` is `fence`. */
+  @Column('uuid', { nullable: true })
+  worker_id: string | null;
+
+  /** The fence that the claim with this lease gave. A process of an earlier build gives another one, and knows no leases. */
+  @Column('integer', { nullable: true })
+  leased_fence: number | null;
+
+  /** How often in a row its worker was lost, without a step that came to its end in between. From the second on it is a suspect. */
+  @Column('integer', { default: 0 })
+  losses: number;
+
+  /** Those of its losses that speak against it: it was the only suspect of the process. */
+  @Column('integer', { default: 0 })
+  counted_losses: number;
+
+  /** When its worker was found lost last. */
+  @Column({ type: 'timestamptz', nullable: true })
+  lost_at: Date | null;
+
+  /** Losses that processes of an earlier build counted; the next claim adds them to `losses`. */
   @Column('integer', { default: 0 })
   lost_attempts: number;
 
