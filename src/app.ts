@@ -1,4 +1,3 @@
-import { ValidationPipe } from '@nestjs/common';
 import { NestFactory } from '@nestjs/core';
 import type { NestExpressApplication } from '@nestjs/platform-express';
 import type { RequestHandler } from 'express';
@@ -6,12 +5,15 @@ import helmet from 'helmet';
 import { serveAsyncApi } from './asyncapi.js';
 import { AppModule } from './app.module.js';
 import type { ServerConfig } from './config.js';
+import { requireOneHost } from './connection-limits.js';
 import { DrainingAdapter } from './draining.adapter.js';
 import { useJsonBody } from './json-body.js';
 import { AppError } from './errors.js';
 import { JsonLogger, requestLog } from './json-logger.js';
+import { Metrics } from './metrics.js';
 import { serveOpenApi } from './openapi.js';
-import { ProblemFilter, validationError } from './problem.filter.js';
+import { RequestPipe } from './request.pipe.js';
+import { ProblemFilter } from './problem.filter.js';
 import { StudioWsAdapter } from './websocket/websocket.adapter.js';
 
 /** A worker listens for probes and scrapes only: nobody should come to depend on it for anything else. */
@@ -29,7 +31,7 @@ export async function createApp(config: ServerConfig): Promise<NestExpressApplic
   const logger = new JsonLogger(config.LOG_LEVEL);
   const app = await NestFactory.create<NestExpressApplication>(
     AppModule.forRoot(config),
-    new DrainingAdapter(),
+    new DrainingAdapter(config),
     {
       logger,
       bodyParser: false,
@@ -38,6 +40,7 @@ export async function createApp(config: ServerConfig): Promise<NestExpressApplic
   );
   app.disable('x-powered-by');
   app.use(requestLog(logger.pino));
+  app.use(requireOneHost);
   app.use(
     helmet({
       // Most installations are reached by plain http on a private address, where an upgrade would lead nowhere.
@@ -62,14 +65,9 @@ export async function createApp(config: ServerConfig): Promise<NestExpressApplic
   });
   if (config.ROLE === 'worker') app.use('/api', refuse);
   useJsonBody(app, config);
-  app.useGlobalPipes(
-    new ValidationPipe({
-      transform: true,
-      whitelist: true,
-      forbidNonWhitelisted: true,
-      exceptionFactory: validationError,
-    }),
-  );
+  app.useGlobalPipes(new RequestPipe());
+  const { droppedConnections } = app.get(Metrics);
+  app.getHttpServer().on('drop', () => droppedConnections.inc());
   app.useGlobalFilters(new ProblemFilter());
   app.useWebSocketAdapter(new StudioWsAdapter(app));
   serveOpenApi(app);

@@ -3,6 +3,8 @@ import type { RequestListener, Server, ServerResponse } from 'node:http';
 import { Server as NetServer } from 'node:net';
 import { setImmediate as nextTurn, setTimeout as sleep } from 'node:timers/promises';
 import { ExpressAdapter } from '@nestjs/platform-express';
+import type { Config } from './config.js';
+import { limitConnections, serverOptions } from './connection-limits.js';
 import { WebSocketRequest } from './websocket/upgrade.js';
 
 /**
@@ -20,9 +22,16 @@ const IDLE_CHECK_MS = 20;
  * go of those that it has. Streams end as complete responses, and a client that reads nothing can't hold it up.
  */
 export class DrainingAdapter extends ExpressAdapter {
+  constructor(private readonly config: Config) {
+    super();
+  }
+
   override initHttpServer(): void {
     const listener = this.getInstance<RequestListener>();
-    this.setHttpServer(createServer({ IncomingMessage: WebSocketRequest }, listener));
+    const options = { ...serverOptions(this.config), IncomingMessage: WebSocketRequest };
+    const server = createServer(options, listener);
+    limitConnections(server, this.config);
+    this.setHttpServer(server);
   }
 
   override async close(): Promise<void> {

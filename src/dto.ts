@@ -1,5 +1,15 @@
+import { applyDecorators } from '@nestjs/common';
+import type { Type } from '@nestjs/common';
 import { Transform } from 'class-transformer';
-import { ValidateBy, ValidateIf, isISO8601, isObject } from 'class-validator';
+import {
+  ArrayMaxSize,
+  IsArray,
+  IsObject,
+  ValidateBy,
+  ValidateIf,
+  isISO8601,
+  isObject,
+} from 'class-validator';
 import type { ValidationOptions } from 'class-validator';
 
 const LONE_SURROGATE = /\p{Surrogate}/u;
@@ -20,18 +30,33 @@ export function IsStorableText(options?: ValidationOptions): PropertyDecorator {
   );
 }
 
-/** Refuses elements that are no objects by their indexes. `@ValidateNested` alone would look for objects inside of lists. */
-export function IsListOfObjects(): PropertyDecorator {
+/** What {@link ListOf}, {@link Nested} and {@link AsGiven} leave for {@link RequestPipe} to read, by the names of their constraints. */
+export const STRUCTURE = { list: 'isListOfObjects', nested: 'isNested', given: 'isAsGiven' } as const;
+
+/** A list of objects, which are checked one by one as `type`: refused before anybody looks at them where there are more than `most`. */
+export function ListOf(type: () => Type<object>, most: number): PropertyDecorator {
   const others = (value: unknown) =>
     Array.isArray(value) ? [...value.keys()].filter((index) => !isObject(value[index])) : [];
-  return ValidateBy({
-    name: 'isListOfObjects',
+  const isListOfObjects = ValidateBy({
+    name: STRUCTURE.list,
+    constraints: [type],
     validator: {
       validate: (value) => others(value).length === 0,
       defaultMessage: (context) =>
         `each value of $property must be an object, unlike those at index ${others(context?.value).slice(0, 100).join(', ')}`,
     },
   });
+  return applyDecorators(IsArray(), ArrayMaxSize(most), isListOfObjects);
+}
+
+/** An object that is checked as `type`. */
+export function Nested(type: () => Type<object>): PropertyDecorator {
+  const isNested = ValidateBy({
+    name: STRUCTURE.nested,
+    constraints: [type],
+    validator: { validate: () => true },
+  });
+  return applyDecorators(IsObject(), isNested);
 }
 
 /**
@@ -44,7 +69,10 @@ export function IsMoment(options?: ValidationOptions): PropertyDecorator {
       name: 'isMoment',
       validator: {
         validate: (value) =>
-          typeof value === 'string' && MOMENT.test(value) && isISO8601(value, { strict: true }),
+          typeof value === 'string' &&
+          MOMENT.test(value) &&
+          isISO8601(value, { strict: true }) &&
+          !Number.isNaN(Date.parse(value)),
         defaultMessage: () =>
           '$property must be a date or a moment in ISO 8601, such as 2026-01-31 or 2026-01-31T12:00:00Z (in an address, + is written %2B)',
       },
@@ -58,11 +86,10 @@ export function MayBeAbsent(): PropertyDecorator {
   return ValidateIf((_object, value) => value !== undefined);
 }
 
-/** Takes free-form JSON over as it came: class-transformer's own copy leaves out keys such as `toString`. */
+/** Takes an object of free-form JSON over as it came, and does not look into it: class-transformer would copy it. */
 export function AsGiven(): PropertyDecorator {
-  return Transform(({ obj, key }: { obj: Record<string, unknown>; key: string }) => obj[key], {
-    toClassOnly: true,
-  });
+  const isAsGiven = ValidateBy({ name: STRUCTURE.given, validator: { validate: () => true } });
+  return applyDecorators(IsObject(), isAsGiven);
 }
 
 /** A whole number of a query string; anything else stays text, for `@IsInt()` to refuse. `Number` alone would take `''` for 0. */

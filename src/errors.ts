@@ -4,12 +4,20 @@ export interface Fault {
   detail: string;
 }
 
+/** A hostile request can have a fault in every few bytes; a client is told so many of them. */
+const MOST_FAULTS = 100;
+/** Texts for clients repeat what clients sent, which can be as long as a body; so many characters of them are told. */
+const MOST_POINTER_CHARACTERS = 1000;
+const MOST_DETAIL_CHARACTERS = 1000;
+const MOST_MESSAGE_CHARACTERS = 4000;
+
 /** Every code a client can meet: in a problem document (HTTP status) or in a terminal `error` chunk. Codes never change. */
 export const ERROR_CODES = {
   invalid_json: { status: 400, title: 'The body is not valid JSON' },
   validation_failed: { status: 400, title: 'The request is not valid' },
   override_not_allowed: { status: 400, title: 'This runtime override is not allowed' },
   invalid_cursor: { status: 400, title: 'The position in the stream is not valid' },
+  bad_request: { status: 400, title: 'The request is not valid HTTP' },
   idempotency_key_invalid: { status: 400, title: 'The Idempotency-Key is not valid' },
   origin_not_allowed: { status: 403, title: 'Pages of this origin may not connect' },
   not_found: { status: 404, title: 'There is nothing at this address' },
@@ -17,6 +25,7 @@ export const ERROR_CODES = {
   deployment_not_found: { status: 404, title: 'The deployment is not available' },
   execution_not_found: { status: 404, title: 'The execution does not exist' },
   batch_not_found: { status: 404, title: 'The batch does not exist' },
+  request_timeout: { status: 408, title: 'The request did not arrive in time' },
   workflow_exists: { status: 409, title: 'A workflow with this name and version exists' },
   workflow_in_use: { status: 409, title: 'The workflow has an active deployment' },
   workflow_inactive: { status: 409, title: 'The workflow is not active' },
@@ -29,6 +38,7 @@ export const ERROR_CODES = {
   unsupported_media_type: { status: 415, title: 'The body must be application/json' },
   idempotency_key_reused: { status: 422, title: 'The Idempotency-Key was used for another request' },
   workflow_invalid: { status: 422, title: 'The workflow definition is not valid' },
+  headers_too_large: { status: 431, title: 'The head of the request is too large' },
   queue_full: { status: 429, title: 'Too many executions wait' },
   too_many_subscriptions: { status: 429, title: 'This WebSocket follows too many streams' },
   internal_error: { status: 500, title: 'Something went wrong in the server' },
@@ -51,7 +61,8 @@ export function toErrorCode(code: string): ErrorCode {
 
 /**
  * The one error that services and the engine throw. `message` is shown to clients, so it never carries a stack
- * trace, a key or an upstream's body; those go into `cause`, which is only logged.
+ * trace, a key or an upstream's body; those go into `cause`, which is only logged. Of many faults the first are kept, and
+ * long texts are cut.
  */
 export class AppError extends Error {
   readonly faults: Fault[] | undefined;
@@ -63,15 +74,22 @@ export class AppError extends Error {
     message: string,
     options: { faults?: Fault[]; retryAfter?: number; cause?: unknown } = {},
   ) {
-    super(message, { cause: options.cause });
+    super(cut(message, MOST_MESSAGE_CHARACTERS), { cause: options.cause });
     this.name = new.target.name;
-    this.faults = options.faults;
+    this.faults = options.faults?.slice(0, MOST_FAULTS).map(({ pointer, detail }) => ({
+      pointer: cut(pointer, MOST_POINTER_CHARACTERS),
+      detail: cut(detail, MOST_DETAIL_CHARACTERS),
+    }));
     this.retryAfter = options.retryAfter;
   }
 
   get status(): number {
     return ERROR_CODES[this.code].status;
   }
+}
+
+function cut(text: string, most: number): string {
+  return text.length > most ? `${text.slice(0, most)}…` : text;
 }
 
 /** A failure that may not happen again: the same call can be repeated as long as none of its output was used. */

@@ -76,6 +76,11 @@ export class Metrics {
     help: 'Streams that clients follow on the WebSockets of this process',
     registers: [this.registry],
   });
+  readonly droppedConnections = new Counter({
+    name: 'agent_studio_dropped_connections_total',
+    help: 'Connections that this process closed at once because clients had MAX_CLIENT_CONNECTIONS already',
+    registers: [this.registry],
+  });
   readonly queueDepth = new Gauge({
     name: 'agent_studio_queue_depth',
     help: 'Executions that wait for a worker, in the whole system',

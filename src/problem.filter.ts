@@ -1,10 +1,9 @@
 import { Catch, HttpException, Logger } from '@nestjs/common';
 import type { ArgumentsHost, ExceptionFilter } from '@nestjs/common';
-import type { ValidationError } from 'class-validator';
 import type { Request, Response } from 'express';
 import { isUnavailable } from './database/unavailable.js';
 import { AppError, ERROR_CODES, toAppError } from './errors.js';
-import type { ErrorCode, Fault } from './errors.js';
+import type { ErrorCode } from './errors.js';
 import type { ProblemDto } from './problem.dto.js';
 
 /** Answers every error that a route throws before its answer began as `application/problem+json` (RFC 9457). */
@@ -79,25 +78,4 @@ function statusOf(thrown: unknown): number | undefined {
   if (thrown instanceof Error && 'status' in thrown && typeof thrown.status === 'number')
     return thrown.status;
   return undefined;
-}
-
-/** A client needs no more of them. */
-const MOST_FAULTS = 1000;
-
-/** What class-validator found, as one `validation_failed`. */
-export function validationError(errors: ValidationError[]): AppError {
-  const faults = errors.flatMap((error) => faultsOf(error, '')).slice(0, MOST_FAULTS);
-  const [first, ...others] = faults;
-  const more = others.length > 0 ? ` (and ${others.length} more)` : '';
-  return new AppError(
-    'validation_failed',
-    `The request is not valid: ${(first?.detail ?? 'it has a fault').replace(/\.+$/, '')}${more}.`,
-    { faults },
-  );
-}
-
-function faultsOf(error: ValidationError, parent: string): Fault[] {
-  const pointer = `${parent}/${error.property.replaceAll('~', '~0').replaceAll('/', '~1')}`;
-  const own = Object.values(error.constraints ?? {}).map((detail) => ({ pointer, detail }));
-  return [...own, ...(error.children ?? []).flatMap((child) => faultsOf(child, pointer))];
 }

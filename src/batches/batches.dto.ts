@@ -1,9 +1,6 @@
 import { ApiProperty, ApiPropertyOptional, PickType } from '@nestjs/swagger';
-import { Type } from 'class-transformer';
 import {
-  ArrayMaxSize,
   ArrayMinSize,
-  IsArray,
   IsIn,
   IsInt,
   IsOptional,
@@ -12,11 +9,10 @@ import {
   MaxLength,
   Min,
   MinLength,
-  ValidateNested,
 } from 'class-validator';
 import type { Batch } from '../database/entities/batch.entity.js';
 import type { Execution } from '../database/entities/execution.entity.js';
-import { IsListOfObjects, IsStorableText, QueryInteger } from '../dto.js';
+import { IsStorableText, ListOf, QueryInteger } from '../dto.js';
 import { ExecuteDto, FailureDto, UsageDto, executionLinks } from '../executions/executions.dto.js';
 import { BATCH_STATUSES, EXECUTION_STATUSES } from '../executions/status.js';
 import type { BatchStatus, ExecutionStatus } from '../executions/status.js';
@@ -43,12 +39,8 @@ export class BatchItemDto extends PickType(ExecuteDto, ['query', 'chat_history',
 /** Many executions of one deployment. */
 export class ExecuteBatchDto extends PickType(ExecuteDto, ['deployment_name', 'environment', 'include']) {
   /** What to run: each item is an execution of its own. All are accepted, or none */
-  @IsArray()
   @ArrayMinSize(1)
-  @ArrayMaxSize(MOST_ITEMS)
-  @IsListOfObjects()
-  @ValidateNested({ each: true })
-  @Type(() => BatchItemDto)
+  @ListOf(() => BatchItemDto, MOST_ITEMS)
   @ApiProperty({
     type: [BatchItemDto],
     minItems: 1,

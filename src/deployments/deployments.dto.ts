@@ -1,12 +1,10 @@
 import { ApiProperty } from '@nestjs/swagger';
-import { Type } from 'class-transformer';
 import {
   ArrayMaxSize,
   IsArray,
   IsIn,
   IsInt,
   IsNumber,
-  IsObject,
   IsOptional,
   IsString,
   IsUUID,
@@ -14,10 +12,9 @@ import {
   Matches,
   Max,
   Min,
-  ValidateNested,
 } from 'class-validator';
 import type { WorkflowConfiguration } from '../database/entities/configuration.js';
-import { AsGiven, IsMoment, IsStorableText, QueryInteger } from '../dto.js';
+import { AsGiven, IsMoment, IsStorableText, Nested, QueryInteger } from '../dto.js';
 import { OVERRIDE_FIELDS } from '../engine/definition.js';
 import { supportDesk, supportDeskId } from '../workflows/example.js';
 import { WorkflowConfigurationDto } from '../workflows/workflows.dto.js';
@@ -83,7 +80,6 @@ export class RuntimeConfigDto {
   /** For templates and expressions; those of a request go before them */
   @IsOptional()
   @AsGiven()
-  @IsObject()
   @ApiProperty({
     type: 'object',
     additionalProperties: true,
@@ -114,9 +110,7 @@ export class DeployWorkflowDto {
   deployed_by?: string;
 
   @IsOptional()
-  @IsObject()
-  @ValidateNested()
-  @Type(() => RuntimeConfigDto)
+  @Nested(() => RuntimeConfigDto)
   @ApiProperty({ type: RuntimeConfigDto, required: false })
   runtime_config?: RuntimeConfigDto;
 }

@@ -9,6 +9,8 @@ const MAX_DEPTH = 256;
 
 /** A hostile body can have a fault in every few bytes; a client needs no more of them than this. */
 const MAX_FAULTS = 1000;
+/** Of the fault that the message tells: it can repeat what a client sent. */
+const MAX_DETAIL_CHARS = 1000;
 
 const NOUNS: Record<string, string> = {
   object: 'an object',
@@ -103,9 +105,13 @@ export function refuse(code: ErrorCode, what: string, faults: readonly Fault[]):
   const [first] = faults;
   if (first === undefined) return;
   const more = faults.length === 1 ? '' : ` (and ${faults.length - 1} more)`;
-  throw new AppError(code, `${what}: ${first.pointer} ${first.detail.replace(/\.+$/, '')}${more}.`, {
-    faults: faults.slice(0, MAX_FAULTS),
-  });
+  throw new AppError(
+    code,
+    `${what}: ${first.pointer} ${first.detail.slice(0, MAX_DETAIL_CHARS).replace(/\.+$/, '')}${more}.`,
+    {
+      faults: faults.slice(0, MAX_FAULTS),
+    },
+  );
 }
 
 function unknownProperty(pointer: string, key: string): Fault {

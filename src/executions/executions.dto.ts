@@ -1,24 +1,27 @@
 import { ApiProperty, ApiPropertyOptional } from '@nestjs/swagger';
-import { Type } from 'class-transformer';
 import {
+  ArrayMaxSize,
   IsArray,
   IsIn,
   IsInt,
-  IsObject,
   IsOptional,
   IsString,
   IsUUID,
   Max,
   MaxLength,
   Min,
-  ValidateNested,
 } from 'class-validator';
-import { AsGiven, IsListOfObjects, IsMoment, IsStorableText, QueryInteger } from '../dto.js';
+import { AsGiven, IsMoment, IsStorableText, ListOf, QueryInteger } from '../dto.js';
 import type { Execution } from '../database/entities/execution.entity.js';
 import type { Presence } from './subscribers.js';
 import type { Step } from '../database/entities/step.entity.js';
 import { EXECUTION_STATUSES } from './status.js';
 import type { ExecutionStatus } from './status.js';
+
+/** Earlier messages of a conversation at most. */
+const MOST_MESSAGES = 1000;
+/** There is one thing to include; clients that build the list from several places may repeat it. */
+const MOST_INCLUDED = 10;
 
 /** One earlier message of the conversation. */
 export class ChatMessageDto {
@@ -59,11 +62,13 @@ export class ExecuteDto {
 
   /** The conversation so far, oldest message first */
   @IsOptional()
-  @IsArray()
-  @IsListOfObjects()
-  @ValidateNested({ each: true })
-  @Type(() => ChatMessageDto)
-  @ApiProperty({ type: [ChatMessageDto], required: false, example: [{ actor: 'user', content: 'Hello' }] })
+  @ListOf(() => ChatMessageDto, MOST_MESSAGES)
+  @ApiProperty({
+    type: [ChatMessageDto],
+    maxItems: MOST_MESSAGES,
+    required: false,
+    example: [{ actor: 'user', content: 'Hello' }],
+  })
   chat_history?: ChatMessageDto[];
 
   /**
@@ -71,7 +76,6 @@ export class ExecuteDto {
    * one agent under `agents.{agent_id}`; the deployment may allow fewer
    */
   @IsOptional()
-  @IsObject()
   @AsGiven()
   @ApiPropertyOptional({ type: 'object', additionalProperties: true, example: { temperature: 0.2 } })
   runtime_overrides?: Record<string, unknown>;
@@ -88,8 +92,15 @@ export class ExecuteDto {
   /** `progress` adds chunks of that type: each step's state and the text of the agents in between */
   @IsOptional()
   @IsArray()
+  @ArrayMaxSize(MOST_INCLUDED)
   @IsIn(['progress'], { each: true })
-  @ApiProperty({ type: 'array', items: { type: 'string', enum: ['progress'] }, required: false, example: [] })
+  @ApiProperty({
+    type: 'array',
+    items: { type: 'string', enum: ['progress'] },
+    maxItems: MOST_INCLUDED,
+    required: false,
+    example: [],
+  })
   include?: 'progress'[];
 }
 

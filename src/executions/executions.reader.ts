@@ -69,8 +69,9 @@ export class ExecutionsReader {
   async list(filter: ListExecutionsDto): Promise<ExecutionPageDto> {
     const { limit, cursor, from, to, ...equal } = filter;
     const query = this.executions.createQueryBuilder('execution').where(equal);
-    if (from) query.andWhere('execution.created_at >= :from', { from });
-    if (to) query.andWhere('execution.created_at < :to', { to });
+    // As moments: PostgreSQL reads fewer offsets from UTC than RFC 3339 has.
+    if (from) query.andWhere('execution.created_at >= :from', { from: new Date(from) });
+    if (to) query.andWhere('execution.created_at < :to', { to: new Date(to) });
     if (cursor) query.andWhere('execution.execution_id < :cursor', { cursor });
     const rows = await query
       .orderBy('execution.execution_id', 'DESC')

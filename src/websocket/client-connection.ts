@@ -3,6 +3,7 @@ import type { Socket } from 'node:net';
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { WebSocket } from 'ws';
 import { AppError } from '../errors.js';
+import type { JsonLimits } from '../json-body.js';
 import type { Metrics } from '../metrics.js';
 import { logFailure, problemOf, translate } from '../problem.filter.js';
 import { parseMessage } from './message.js';
@@ -27,7 +28,7 @@ export interface ConnectionOptions {
   socket: Socket;
   /** Names the connection in the log and in problems. */
   requestId: string;
-  limits: { mostSubscriptions: number; maxJsonDepth: number };
+  limits: { mostSubscriptions: number; json: JsonLimits };
   metrics: Metrics;
 }
 
@@ -204,7 +205,7 @@ export class ClientConnection {
   }
 
   private handle(text: string, handler: MessageHandler): void {
-    const parsed = parseMessage(text, this.options.limits.maxJsonDepth);
+    const parsed = parseMessage(text, this.options.limits.json);
     if (parsed.kind === 'no json') return this.close(1007, 'A message must be JSON text.');
     if (parsed.kind === 'refused') return this.fail(parsed.error, parsed.id);
     this.atWork++;

@@ -6,6 +6,7 @@ import type { Socket } from 'node:net';
 import type { WebSocket } from 'ws';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
+import { jsonLimits } from '../json-body.js';
 import { Metrics } from '../metrics.js';
 import { Repeat } from '../repeat.js';
 import { ClientConnection } from './client-connection.js';
@@ -88,7 +89,7 @@ export class Connections implements BeforeApplicationShutdown {
       metrics: this.metrics,
       limits: {
         mostSubscriptions: this.config.WS_MAX_SUBSCRIPTIONS,
-        maxJsonDepth: this.config.MAX_JSON_DEPTH,
+        json: jsonLimits(this.config),
       },
     });
     webSocket.on('message', (data: Buffer, isBinary: boolean) => {

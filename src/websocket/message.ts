@@ -2,6 +2,7 @@ import { AppError } from '../errors.js';
 import type { Fault } from '../errors.js';
 import { toPointer } from '../engine/validation.js';
 import { checkJson } from '../json-body.js';
+import type { JsonLimits } from '../json-body.js';
 import { quoted } from '../dto.js';
 import { REQUEST_EVENTS } from './websocket.dto.js';
 import type { ClientMessage, MessageId, RequestEvent } from './websocket.dto.js';
@@ -17,7 +18,7 @@ export type ParsedMessage =
   | { kind: 'message'; message: ClientMessage; stream: string | undefined };
 
 /** Reads a message up to its `data`, which is checked for its depth and its keys only. */
-export function parseMessage(text: string, maxJsonDepth: number): ParsedMessage {
+export function parseMessage(text: string, limits: JsonLimits): ParsedMessage {
   let message: unknown;
   try {
     message = JSON.parse(text);
@@ -27,7 +28,7 @@ export function parseMessage(text: string, maxJsonDepth: number): ParsedMessage 
   const { faults, event, id, data } = membersOf(message);
   if (faults.length > 0 || !event) return { kind: 'refused', error: refusal(faults), id };
   try {
-    checkJson(data, maxJsonDepth);
+    checkJson(data, limits);
   } catch (error) {
     return { kind: 'refused', error: withinData(error), id };
   }

@@ -1,10 +1,10 @@
-import { IncomingMessage, STATUS_CODES } from 'node:http';
+import { IncomingMessage } from 'node:http';
 import type { Duplex } from 'node:stream';
 import { v4 as uuidv4 } from 'uuid';
 import type { ServerConfig } from '../config.js';
+import { answerDirectly } from '../connection-limits.js';
 import { AppError } from '../errors.js';
 import { REQUEST_ID } from '../json-logger.js';
-import { problemOf } from '../problem.filter.js';
 import { WEBSOCKET_PATH } from './websocket.dto.js';
 
 /** How long a peer has to answer the end of a WebSocket; then its connection is cut, ms. */
@@ -71,16 +71,6 @@ export function refuseUpgrade(
   error: AppError,
   { request, requestId }: { request: IncomingMessage; requestId: string },
 ): void {
-  const body = JSON.stringify(problemOf(error, { id: requestId, path: pathOf(request) }));
-  const head = [
-    `HTTP/1.1 ${error.status} ${STATUS_CODES[error.status]}`,
-    'Connection: close',
-    'Content-Type: application/problem+json; charset=utf-8',
-    `Content-Length: ${Buffer.byteLength(body)}`,
-    'Sec-WebSocket-Version: 13',
-    `X-Request-Id: ${requestId}`,
-  ];
-  if (error.retryAfter !== undefined) head.push(`Retry-After: ${Math.ceil(error.retryAfter)}`);
-  socket.once('finish', () => socket.destroy());
-  socket.end(`${head.join('\r\n')}\r\n\r\n${body}`);
+  const headers = ['Sec-WebSocket-Version: 13'];
+  answerDirectly(socket, error, { requestId, path: pathOf(request), headers });
 }

@@ -1,5 +1,5 @@
 import { ApiProperty, ApiPropertyOptional, PickType } from '@nestjs/swagger';
-import { IsArray, IsIn, IsInt, IsString, Max, MaxLength, Min } from 'class-validator';
+import { ArrayMaxSize, IsArray, IsIn, IsInt, IsString, Max, MaxLength, Min } from 'class-validator';
 import { EXECUTION_STATUSES } from '../executions/status.js';
 import type { ExecutionStatus } from '../executions/status.js';
 import { IsStorableText, MayBeAbsent } from '../dto.js';
@@ -82,6 +82,9 @@ export class StreamTargetDto {
   environment?: string;
 }
 
+/** Each of them, and some repeated. */
+const MOST_STATUSES = 100;
+
 /** `data` of `subscribe`. */
 export class SubscribeDto extends StreamTargetDto {
   /** `after` of the last frame that the client has; without it a stream begins at its beginning, that of a deployment with a snapshot */
@@ -95,6 +98,7 @@ export class SubscribeDto extends StreamTargetDto {
   /** With `deployment_name`: only changes of executions to one of these */
   @MayBeAbsent()
   @IsArray()
+  @ArrayMaxSize(MOST_STATUSES)
   @IsIn(EXECUTION_STATUSES, { each: true })
   @ApiProperty({ type: 'array', items: { type: 'string', enum: [...EXECUTION_STATUSES] }, required: false })
   status?: ExecutionStatus[];

@@ -3,7 +3,6 @@ import { Transform } from 'class-transformer';
 import {
   IsBoolean,
   IsInt,
-  IsObject,
   IsOptional,
   IsString,
   Length,
@@ -109,7 +108,6 @@ export class CreateWorkflowDto {
 
   /** The graph of its agents */
   @AsGiven()
-  @IsObject()
   @ApiProperty({ type: WorkflowConfigurationDto, example: supportDesk.configuration })
   configuration: WorkflowConfiguration;
 

@@ -5,6 +5,7 @@ import { queryObjects } from 'node:v8';
  * and how many bytes, its memory still holds after a garbage collection (which counting the objects begins with).
  */
 process.on('message', ({ id, module, name }) => {
+  if (module === undefined) return; // a question for another probe
   import(module).then(
     (exports) => {
       const count = queryObjects(exports[name]);

@@ -11,6 +11,8 @@ const MAIN = fileURLToPath(new URL('main.js', DIST));
 const PROBED = [
   '--import',
   new URL('heap-probe.mjs', import.meta.url).href,
+  '--import',
+  new URL('loop-probe.mjs', import.meta.url).href,
   '--disable-warning=ExperimentalWarning',
 ];
 
@@ -21,7 +23,7 @@ interface Held {
   /** Bytes of JavaScript's heap and of the buffers that belong to it. */
   held: number;
 }
-type ProbeAnswer = { id: number } & (Held | { error: string });
+type ProbeAnswer<Answer> = { id: number } & (Answer | { error: string });
 
 /** The built server as a process of its own, for what can only be seen from outside: its memory, and its death. */
 export class ServerProcess {
@@ -87,11 +89,30 @@ export class ServerProcess {
    * `module` is `node:…` or a file below `dist`.
    */
   async held(module = 'node:http', name = 'ServerResponse'): Promise<Held> {
-    const id = ++this.questions;
     const specifier = module.startsWith('node:') ? module : new URL(module, DIST).href;
-    this.process.send({ id, module: specifier, name });
+    return this.ask<Held>({ module: specifier, name });
+  }
+
+  /** The longest time, ms, that the process's event loop did nothing else since this was asked last. */
+  async silence(): Promise<number> {
+    return (await this.ask<{ silence: number }>({ question: 'silence' })).silence;
+  }
+
+  /** Names of members that somebody has given to every object of the process. */
+  async pollution(): Promise<string[]> {
+    return (await this.ask<{ pollution: string[] }>({ question: 'pollution' })).pollution;
+  }
+
+  /** Whether the process has not ended. */
+  get lives(): boolean {
+    return this.process.exitCode === null && this.process.signalCode === null;
+  }
+
+  private async ask<Answer>(question: object): Promise<Answer> {
+    const id = ++this.questions;
+    this.process.send({ id, ...question });
     for (;;) {
-      const [answer] = (await once(this.process, 'message')) as [ProbeAnswer];
+      const [answer] = (await once(this.process, 'message')) as [ProbeAnswer<Answer>];
       if (answer.id !== id) continue;
       if ('error' in answer) throw new Error(answer.error);
       return answer;
@@ -99,7 +120,7 @@ export class ServerProcess {
   }
 
   async stop(signal: NodeJS.Signals = 'SIGTERM'): Promise<void> {
-    if (this.process.exitCode !== null || this.process.signalCode !== null) return;
+    if (!this.lives) return;
     const exited = once(this.process, 'exit');
     this.process.kill(signal);
     await exited;

@@ -91,10 +91,10 @@ describe('the shape of a definition', () => {
 
   it('does not answer a hostile body with faults without end', () => {
     const unknown = Object.fromEntries(Array.from({ length: 300_000 }, (_, n) => [`x${n}`, 1]));
-    expect(faultsIn({ agents: [{ ...template('a'), ...unknown }] })).toHaveLength(1000);
+    expect(faultsIn({ agents: [{ ...template('a'), ...unknown }] })).toHaveLength(100);
     expect(() => compile([{ ...template('a'), ...unknown }])).toThrow('(and 299999 more)');
     const forbidden = Array.from({ length: 300_000 }, () => ({ prototype: 1 }));
-    expect(faultsIn({ agents: [template('a')], metadata: { forbidden } })).toHaveLength(1000);
+    expect(faultsIn({ agents: [template('a')], metadata: { forbidden } })).toHaveLength(100);
   });
 
   it('keeps position and metadata of any kind, but no big position', () => {
