@@ -171,9 +171,11 @@ export class EvaluationPool extends Evaluator {
       env: {},
     });
     threads.on('message', ({ began }: Began) => this.begin(began));
-    // A thread that could not start leaves its task waiting.
     threads.on('error', (error: unknown) => {
+      // One that was ended already can still say so.
+      if (isOutOfMemory(error)) return;
       this.options.onDefect(error);
+      // A thread that could not start leaves its task waiting.
       for (const { thread, hasBegun } of this.running.values()) if (!hasBegun) thread.abort();
     });
     return threads;

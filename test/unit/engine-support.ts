@@ -19,20 +19,25 @@ import {
   type ModelUsage,
 } from '../../src/models/model-registry.js';
 
+const opened: { pool: EvaluationPool; defects: unknown[] }[] = [];
+
+afterAll(async () => {
+  await Promise.all(opened.map(({ pool }) => pool.close()));
+  const defects = opened.flatMap(({ defects }) => defects);
+  if (defects.length > 0) throw new AggregateError(defects, 'Threads ended in a way that they should not');
+});
+
 /** A pool for a test: its threads end with the test file, and what should not happen to them fails it. */
-export function openPool({ budget_ms = 2000, threads = 2 } = {}): EvaluationPool {
+export function openPool({ budget_ms = 2000, threads = 2 } = {}) {
   const metrics = new Metrics();
   const defects: unknown[] = [];
   const pool = new EvaluationPool({ threads, budget_ms, metrics, onDefect: (error) => defects.push(error) });
-  afterAll(async () => {
-    await pool.close();
-    if (defects.length > 0) throw new AggregateError(defects, 'Threads ended in a way that they should not');
-  });
-  return pool;
+  opened.push({ pool, defects });
+  return { pool, metrics };
 }
 
 /** The pool of all runs of a test file; it starts threads only where they are needed. */
-export const pool = openPool();
+export const { pool } = openPool();
 
 /** The evaluations of a run that nobody stops. */
 export function evaluations(evaluator: Evaluator = pool): Evaluations {
