@@ -6,7 +6,7 @@ import type { ServerProcess } from './studio-process.js';
 /** What is promised on an idle machine, ms: an execution of a bystander ends, and the event loop answers, within that time. */
 const PROMISED = { slowest: 1000, silence: 250 };
 /** What a calm bystander meets on an idle machine at most, ms. A calm one that met more widens the promise by as much. */
-const CALM = { slowest: 100, silence: 50 };
+const CALM = { slowest: 50, silence: 50 };
 /** A calm bystander that met more than this many times as much proves nothing about the attack. */
 const NOISY = 5;
 /** Executions that make a calm. */

@@ -1,0 +1,113 @@
+import type { TestDatabase } from '../support/database.js';
+import type { Studio } from '../support/studio.js';
+import type { ServerProcess } from '../support/studio-process.js';
+import type { UpstreamAnswer } from '../support/upstream.js';
+
+/** What is attacked. */
+export interface Target {
+  server: ServerProcess;
+  studio: Studio;
+  database: TestDatabase;
+  /** Says how the models `upstream/…` answer from here on. */
+  serve(answer: UpstreamAnswer): void;
+}
+
+/** What one client can do that could harm others. */
+export interface Attack {
+  /** As the name of a test: what harms nobody else. */
+  name: string;
+  /** Attacks, and resolves with how each request of it ended: {@link endOf}. */
+  run(target: Target): Promise<string[]>;
+  /** The ends that are documented for it. */
+  ends: string[];
+}
+
+type Answer = { status: number; body: unknown };
+
+/** The code of a problem, or else the HTTP status. */
+export function endOf({ status, body }: Answer): string {
+  return typeof body === 'object' && body !== null && 'code' in body ? String(body.code) : String(status);
+}
+
+/** A request that is not answered for so long ends its attack, ms. */
+const GIVE_UP_MS = 60_000;
+
+/** How a request ended: {@link endOf} its answer, or that none came, so that what the attack holds is let go. */
+async function endWithin(request: Promise<Answer>): Promise<string> {
+  let timer: NodeJS.Timeout | undefined;
+  const late = new Promise<string>((resolve) => {
+    timer = setTimeout(() => resolve('no answer'), GIVE_UP_MS);
+  });
+  try {
+    return await Promise.race([request.then(endOf, String), late]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+const times = <Item>(count: number, item: (index: number) => Item): Item[] =>
+  Array.from({ length: count }, (_, index) => item(index));
+
+const saying = (count: number, template: string) => ({
+  agents: times(count, (index) => ({
+    agent_id: `a${index}`,
+    agent_type: 'template',
+    config: { template },
+  })),
+});
+
+/** Deploys a workflow and executes it once. */
+async function execute(
+  { studio }: Target,
+  configuration: Parameters<Studio['deploy']>[0],
+  body: object = {},
+): Promise<string[]> {
+  const deployment_name = await studio.deploy(configuration);
+  return [await endWithin(studio.execute({ deployment_name, query: 'x', ...body }))];
+}
+
+const post = ({ studio }: Target, path: string, body: unknown) =>
+  endWithin(studio.json(path, { method: 'POST', body }));
+
+/** A new attack is one more entry: what it does, and how its requests may end. */
+export const ATTACKS: Attack[] = [
+  {
+    name: 'a batch of far too many items, none of which is one',
+    ends: ['validation_failed'],
+    run: async (target) => [
+      await post(
+        target,
+        '/api/workflows/execute/batch',
+        `{"deployment_name":"x","items":[${'{},'.repeat(349_000)}{}]}`,
+      ),
+    ],
+  },
+  {
+    name: 'forty conditions that search for very long',
+    ends: ['200', 'agent_error'],
+    run: (target) =>
+      execute(
+        target,
+        {
+          ...saying(41, 'x'),
+          connections: times(40, (index) => ({
+            source_agent_id: 'a0',
+            target_agent_id: `a${index + 1}`,
+            connection_type: 'conditional',
+            conditions: { expression: 'query.matches("^(a+)+$")' },
+          })),
+        },
+        { query: `${'a'.repeat(40)}!` },
+      ),
+  },
+  {
+    name: 'a template that doubles a text again and again, and compares it',
+    ends: ['agent_error'],
+    run: (target) => {
+      const double = (name: string) =>
+        `{% capture ${name} %}x{% endcapture %}` +
+        `{% capture ${name} %}{{ ${name} }}{{ ${name} }}{% endcapture %}`.repeat(28);
+      return execute(target, saying(1, `${double('t')}${double('u')}{% if t == u %}same{% endif %}`));
+    },
+  },
+];
