@@ -102,6 +102,22 @@ export class Metrics {
     help: 'Flushes of the event log that failed and were tried again',
     registers: [this.registry],
   });
+  readonly logFlushRows = new Counter({
+    name: 'agent_studio_event_log_flush_rows_total',
+    help: 'Rows that flushes of the event log wrote, one for each execution that had something to say',
+    registers: [this.registry],
+  });
+  readonly logFlushBytes = new Counter({
+    name: 'agent_studio_event_log_flush_bytes_total',
+    help: 'Bytes of chunks in the flushes of the event log',
+    registers: [this.registry],
+  });
+  readonly splitGroups = new Counter({
+    name: 'agent_studio_split_groups_total',
+    help: 'Group commits that failed and were tried again in halves, by what they write: flush, step or end',
+    labelNames: ['statement'] as const,
+    registers: [this.registry],
+  });
 
   constructor() {
     collectDefaultMetrics({ register: this.registry });

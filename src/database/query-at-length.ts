@@ -1,4 +1,5 @@
 import type { Pool, QueryResult, QueryResultRow } from 'pg';
+import { MOST_BYTES } from './group-commit.js';
 import { withClient } from './with-client.js';
 
 /** ms that a statement may take which reads or deletes much at once. */
@@ -16,4 +17,18 @@ export function queryAtLength<Row extends QueryResultRow>(
     await client.query('RESET statement_timeout');
     return result;
   });
+}
+
+/** A statement that may take a minute if its text parameters are long together, as with one item that is too large for any group. */
+export function queryLarge<Row extends QueryResultRow>(
+  pool: Pool,
+  { name, text, values }: { name: string; text: string; values: unknown[] },
+): Promise<QueryResult<Row>> {
+  const characters = values.reduce(
+    (sum: number, value) => sum + (typeof value === 'string' ? value.length : 0),
+    0,
+  );
+  return characters > MOST_BYTES
+    ? queryAtLength<Row>(pool, { text, values })
+    : pool.query<Row>({ name, text, values });
 }

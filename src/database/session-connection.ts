@@ -3,7 +3,7 @@ import { sessionConfig } from './session.js';
 import type { SessionKind } from './session.js';
 import { StrictClient } from './strict-client.js';
 
-/** ms that a statement may take: a connection that nothing comes through must be made again. */
+/** ms that a statement may take, if the options don't say: a connection that nothing comes through must be made again. */
 const STATEMENT_MS = 10_000;
 
 export interface SessionConnectionOptions {
@@ -11,6 +11,8 @@ export interface SessionConnectionOptions {
   kind: SessionKind;
   /** Statements that every new connection begins with. */
   setup: string[];
+  /** ms that a statement may take; 10 s if left out. */
+  statementMs?: number;
   /** Called with each connection after its setup, the first one included. */
   onConnect?: (client: Client) => void;
   /** Called when an established connection is lost. */
@@ -24,7 +26,7 @@ export class SessionConnection {
 
   constructor(private readonly options: SessionConnectionOptions) {}
 
-  /** Rejects as pg does, and after 10 s without an answer; the next call then makes a new connection. */
+  /** Rejects as pg does, and after `statementMs` without an answer; the next call then makes a new connection. */
   async query<Row extends QueryResultRow>(query: QueryConfig): Promise<QueryResult<Row>> {
     const client = await this.connected();
     return client.query<Row>(query);
@@ -50,8 +52,8 @@ export class SessionConnection {
   }
 
   private async connect(forget: () => boolean): Promise<Client> {
-    const { connectionString, kind, setup, onConnect } = this.options;
-    const client = new StrictClient(sessionConfig(connectionString, { kind, statementMs: STATEMENT_MS }));
+    const { connectionString, kind, setup, onConnect, statementMs = STATEMENT_MS } = this.options;
+    const client = new StrictClient(sessionConfig(connectionString, { kind, statementMs }));
     const lost = (error: Error) => {
       if (forget() && !this.closed) this.options.onLost?.(error);
     };

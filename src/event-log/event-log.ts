@@ -12,6 +12,9 @@ export interface LogBatch {
   terminal: boolean;
 }
 
+/** What an agent said: an answer, or a text on the way to it. */
+export type TextContent = ChunkContent & { type: 'content' | 'progress'; data: string };
+
 /** What makes a worker the owner of an execution's log. */
 export interface LogOwner extends ChunkOrigin {
   execution_id: string;
@@ -40,8 +43,13 @@ export interface LogWriter {
   readonly fenced: AbortSignal;
   /** When the first `content` chunk was committed. */
   readonly firstContentAt: Date | undefined;
-  /** Numbers a chunk and queues it for the next flush; wait for {@link drain} before writing without bound. */
+  /**
+   * Numbers a chunk and queues it for the next flush; wait for {@link drain} before writing without bound. A text that is too long for
+   * one line of a stream is cut, on code points, into several chunks.
+   */
   append(content: ChunkContent): void;
+  /** Appends a text, a long one little by little. Wait for the promise, if there is one, as for {@link drain}'s. */
+  write(content: TextContent): Promise<void> | undefined;
   /** Resolves when little enough is waiting for the database; rejects as {@link fenced} says. */
   drain(): Promise<void> | undefined;
   /**

@@ -1,20 +1,26 @@
+import { storableText } from '../database/storable-text.js';
 import type { TerminalStatus } from '../executions/status.js';
 import { ChunkSerializer } from './chunk.js';
 import type { ChunkContent } from './chunk.js';
+import { MOST_LINE_BYTES, SHORT_TEXT, cutText, slicesOf } from './chunk-lines.js';
 import { FencedError } from './event-log.js';
-import type { ExecutionEnd, LogBatch, LogOwner, LogWriter } from './event-log.js';
+import type { ExecutionEnd, LogBatch, LogOwner, LogWriter, TextContent } from './event-log.js';
 
 /** Characters that may wait for the database before {@link LogWriter.drain} holds the producer. */
 const HIGH_WATER_MARK = 128 * 1024;
+/** Characters of one row: three bytes of UTF-8 each at most, so it stays below 1 MiB, and a reader takes one at least. */
+const MOST_ROW_CHARACTERS = 256 * 1024;
+/** Code units of a text that are serialized at once. */
+const MOST_AT_ONCE = 32 * 1024;
+/** The one with the most digits. */
+const MOST_SEQUENCE = 2_147_483_647;
 
 /** Chunks of one writer that go into one row. */
 export interface PendingRow {
   writer: ExecutionLogWriter;
   batch: LogBatch;
-  /** The row's text: the chunks joined by LF. */
-  text: string;
-  /** Holds a content chunk. */
-  content: boolean;
+  /** Of all chunks. */
+  characters: number;
 }
 
 /** An end with its chunk, and with the one that takes its place if the execution's cancellation was requested. */
@@ -39,11 +45,12 @@ export class ExecutionLogWriter implements LogWriter {
   private readonly serializer: ChunkSerializer;
   private chunks: string[] = [];
   private characters = 0;
-  private hasContent = false;
   private sequence: number;
+  private takenSequence: number;
   private committedSequence: number;
   private inFlight = false;
   private drained: { promise: Promise<void>; resolve: () => void } | undefined;
+  private firstContent: number | undefined;
   private contentAt: Date | undefined;
   /** `performance.now()` of the last flush. */
   lastFlush = -Infinity;
@@ -56,6 +63,7 @@ export class ExecutionLogWriter implements LogWriter {
   ) {
     this.serializer = new ChunkSerializer(owner);
     this.sequence = owner.last_sequence;
+    this.takenSequence = owner.last_sequence;
     this.committedSequence = owner.last_sequence;
   }
 
@@ -69,17 +77,22 @@ export class ExecutionLogWriter implements LogWriter {
 
   append(content: ChunkContent): void {
     if (this.shutOff.signal.aborted) return;
-    const line = this.serializer.serialize(content, ++this.sequence);
-    this.chunks.push(line);
-    this.characters += line.length;
-    if (content.type === 'content') this.hasContent = true;
-    if (this.chunks.length === 1 && !this.inFlight) this.host.schedule(this);
+    const { data } = content;
+    if (typeof data !== 'string' || data.length <= SHORT_TEXT) return this.push(content);
+    const rest = Buffer.byteLength(this.serializer.serialize({ ...content, data: '' }, MOST_SEQUENCE));
+    for (const piece of cutText(data, MOST_LINE_BYTES - rest)) this.push({ ...content, data: piece });
+  }
+
+  write(content: TextContent): Promise<void> | undefined {
+    if (content.data.length > MOST_AT_ONCE) return this.writeInSlices(content);
+    this.append(content);
+    return this.drain();
   }
 
   drain(): Promise<void> | undefined {
     if (this.shutOff.signal.aborted) return Promise.reject(this.shutOff.signal.reason);
     if (this.characters < HIGH_WATER_MARK) return undefined;
-    return this.flushed();
+    return this.hasRoom();
   }
 
   async flush(): Promise<number> {
@@ -98,33 +111,37 @@ export class ExecutionLogWriter implements LogWriter {
     await this.flush();
     const finished_at = new Date();
     const sequence = ++this.sequence;
-    const { status, error, code } = end;
+    const { status, code } = end;
+    const error = end.error === undefined ? undefined : storableText(end.error);
     const serialize = (content: Pick<ExecutionEnd, 'status' | 'error' | 'code'>) =>
       this.serializer.serialize({ type: 'status', ...content }, sequence, finished_at.getTime());
     const chunk = serialize({ status, error, code });
     const cancelled_chunk = serialize({ status: 'cancelled' });
-    const ended = await this.host.end(this, { ...end, sequence, chunk, cancelled_chunk, finished_at });
+    const ended = await this.host.end(this, { ...end, error, sequence, chunk, cancelled_chunk, finished_at });
     if (ended) return ended;
     this.shutOut();
     throw this.shutOff.signal.reason;
   }
 
-  /** Everything that waits, as one row; it counts as in flight until {@link committed} or {@link shutOut}. */
-  takeRow(): PendingRow | undefined {
+  /**
+   * What waits as one row, at least one chunk and more as long as there is room for them; the rest is for a later flush. It counts as
+   * in flight until {@link committed} or {@link shutOut}.
+   */
+  takeRow(room: number): PendingRow | undefined {
     if (this.chunks.length === 0) return undefined;
-    const { chunks, hasContent } = this;
-    this.chunks = [];
-    this.characters = 0;
-    this.hasContent = false;
+    const { chunks, characters } = this.takeChunks(Math.min(room, MOST_ROW_CHARACTERS));
+    const first = this.takenSequence + 1;
+    this.takenSequence += chunks.length;
+    this.characters -= characters;
     this.inFlight = true;
     this.urgent = false;
-    const batch = { first: this.sequence - chunks.length + 1, last: this.sequence, chunks, terminal: false };
-    return { writer: this, batch, text: chunks.join('\n'), content: hasContent };
+    const batch = { first, last: this.takenSequence, chunks, terminal: false };
+    return { writer: this, batch, characters };
   }
 
-  committed(row: PendingRow): void {
-    if (row.content) this.contentAt ??= new Date();
-    this.committedSequence = row.batch.last;
+  committed({ batch }: PendingRow): void {
+    if (this.firstContent !== undefined && this.firstContent <= batch.last) this.contentAt ??= new Date();
+    this.committedSequence = batch.last;
     this.settle();
     if (this.chunks.length > 0) this.host.schedule(this);
   }
@@ -135,6 +152,41 @@ export class ExecutionLogWriter implements LogWriter {
     this.chunks = [];
     this.characters = 0;
     this.settle();
+  }
+
+  private push(content: ChunkContent): void {
+    const line = this.serializer.serialize(content, ++this.sequence);
+    this.chunks.push(line);
+    this.characters += line.length;
+    if (content.type === 'content') this.firstContent ??= this.sequence;
+    if (this.chunks.length === 1 && !this.inFlight) this.host.schedule(this);
+  }
+
+  /** What is long waits at its producer, and not here. */
+  private async writeInSlices(content: TextContent): Promise<void> {
+    for (const data of slicesOf(content.data, MOST_AT_ONCE)) {
+      this.append({ ...content, data });
+      await this.drain();
+    }
+  }
+
+  private takeChunks(most: number): { chunks: string[]; characters: number } {
+    const { chunks, characters } = this;
+    if (characters <= most) {
+      this.chunks = [];
+      return { chunks, characters };
+    }
+    let taken = chunks[0]?.length ?? 0;
+    let count = 1;
+    for (let next = chunks[1]?.length; next !== undefined && taken + next <= most;) {
+      taken += next;
+      next = chunks[++count]?.length;
+    }
+    return { chunks: chunks.splice(0, count), characters: taken };
+  }
+
+  private async hasRoom(): Promise<void> {
+    while (this.characters >= HIGH_WATER_MARK) await this.flushed();
   }
 
   private fencedError(): FencedError {

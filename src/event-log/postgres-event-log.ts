@@ -3,24 +3,27 @@ import type { BeforeApplicationShutdown, OnApplicationShutdown } from '@nestjs/c
 import { Pool } from 'pg';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
-import { GroupCommit } from '../database/group-commit.js';
+import { GroupCommit, MOST_BYTES } from '../database/group-commit.js';
+import { BUSY } from '../database/isolated-writes.js';
+import { queryLarge } from '../database/query-at-length.js';
 import { SessionConnection } from '../database/session-connection.js';
 import { ROW_SEPARATOR } from '../database/row-separator.js';
-import { retryWhileUnavailable } from '../database/unavailable.js';
-import type { TerminalStatus } from '../executions/status.js';
+import { ClosedError, isOutage, retryWhileUnavailable } from '../database/unavailable.js';
+import { isFinal } from '../executions/status.js';
+import type { ExecutionStatus, TerminalStatus } from '../executions/status.js';
 import { Metrics } from '../metrics.js';
 import { EventLog } from './event-log.js';
 import type { LogBatch, LogOwner, LogWriter } from './event-log.js';
-import { FlushSchedule } from './flush-schedule.js';
 import { follow } from './follow.js';
 import type { StoredChunks } from './follow.js';
 import { batchOf, join, trim } from './log-batch.js';
+import { LogFlush } from './log-flush.js';
 import { LogNotifier } from './log-notifier.js';
 import type { LogPosition } from './log-notifier.js';
 import { LogSubscriptions } from './log-subscriptions.js';
 import { ExecutionLogWriter } from './log-writer.js';
 import type { LogWriterHost, PendingRow, WrittenEnd } from './log-writer.js';
-import { END, FLUSH, READ } from './statements.js';
+import { END, READ } from './statements.js';
 
 /** Rows and bytes that a catching-up reader takes from the table at once. */
 const READ_ROWS = 64;
@@ -45,12 +48,15 @@ interface ReadRow {
 interface EndedRow {
   execution_id: string;
   fence: number;
-  status: TerminalStatus;
+  /** Not a final one: somebody else holds a lock on the execution. */
+  status: ExecutionStatus;
 }
 
 interface WriterEnd {
   writer: ExecutionLogWriter;
   end: WrittenEnd;
+  /** `end.response` as JSON. */
+  response: string;
 }
 
 /**
@@ -64,21 +70,18 @@ export class PostgresEventLog
   implements BeforeApplicationShutdown, OnApplicationShutdown, LogWriterHost
 {
   private readonly logger = new Logger(PostgresEventLog.name);
-  private readonly dirty = new Set<ExecutionLogWriter>();
-  private readonly flushes = new FlushSchedule(() => this.flush());
-  private readonly ends = new GroupCommit<WriterEnd, TerminalStatus | undefined>((items) =>
-    this.commitEnds(items),
-  );
+  private readonly shutdown = new AbortController();
+  private readonly ends: GroupCommit<WriterEnd, TerminalStatus | undefined>;
   private readonly reads = new GroupCommit<ReadPosition, StoredChunks>(
     (positions) => this.readStored(positions),
-    SHARED_READS,
+    { mostItems: SHARED_READS, isolates: (error) => !isOutage(error) },
   );
-  private readonly shutdown = new AbortController();
+  private readonly flushes: LogFlush;
   private readonly session: SessionConnection;
 
   constructor(
     private readonly pool: Pool,
-    @Inject(CONFIG) private readonly config: ServerConfig,
+    @Inject(CONFIG) config: ServerConfig,
     private readonly metrics: Metrics,
     private readonly subscriptions: LogSubscriptions,
     private readonly notifier: LogNotifier,
@@ -88,6 +91,21 @@ export class PostgresEventLog
       connectionString: config.DATABASE_URL,
       kind: 'log',
       setup: [`SET synchronous_commit = ${config.DURABLE_CHUNKS === 'true' ? 'on' : 'off'}`],
+      statementMs: config.DATABASE_TIMEOUT_MS,
+    });
+    this.flushes = new LogFlush({
+      session: this.session,
+      pool,
+      metrics,
+      intervalMs: config.STREAM_FLUSH_INTERVAL_MS,
+      signal: this.shutdown.signal,
+      committed: (rows) => this.committed(rows),
+    });
+    this.ends = new GroupCommit<WriterEnd, TerminalStatus | undefined>((items) => this.commitEnds(items), {
+      bytesOf: ({ response, end }) =>
+        Buffer.byteLength(response) + 3 * (end.chunk.length + end.cancelled_chunk.length),
+      patience: { signal: this.shutdown.signal, onRetry: (error) => this.retried(error) },
+      onSplit: () => metrics.splitGroups.inc({ statement: 'end' }),
     });
   }
 
@@ -98,7 +116,7 @@ export class PostgresEventLog
 
   /** Late, so that executions that end during the shutdown still get their last chunks in. */
   async onApplicationShutdown(): Promise<void> {
-    this.shutdown.abort(new Error('The event log is closed.'));
+    this.shutdown.abort(new ClosedError('The event log is closed.'));
     await this.session.close();
   }
 
@@ -131,15 +149,11 @@ export class PostgresEventLog
   }
 
   schedule(writer: ExecutionLogWriter): void {
-    this.dirty.add(writer);
-    const wait = writer.urgent
-      ? 0
-      : writer.lastFlush + this.config.STREAM_FLUSH_INTERVAL_MS - performance.now();
-    this.flushes.request(wait);
+    this.flushes.request(writer);
   }
 
   end(writer: ExecutionLogWriter, end: WrittenEnd): Promise<TerminalStatus | undefined> {
-    return this.ends.add({ writer, end });
+    return this.ends.add({ writer, end, response: JSON.stringify(end.response) });
   }
 
   /**
@@ -167,6 +181,7 @@ export class PostgresEventLog
       `{${from.map(({ after }) => after).join()}}`,
       READ_ROWS,
       READ_BYTES,
+      MOST_BYTES,
     ];
     const { rows } = await this.pool.query<ReadRow>({ ...READ, values });
     const found = from.map(() => ({ batch: undefined as LogBatch | undefined, rows: 0, characters: 0 }));
@@ -179,73 +194,30 @@ export class PostgresEventLog
       reader.characters += row.chunks.length;
     }
     // A character takes at most three bytes in UTF-8, so this errs on the side of one read too many.
+    const isCut = found.reduce((sum, { characters }) => sum + characters, 0) * 3 >= MOST_BYTES;
     return found.map(({ batch, rows, characters }) => ({
       batch,
-      more: rows >= READ_ROWS - 1 || characters * 3 >= READ_BYTES,
+      more: isCut || rows >= READ_ROWS - 1 || characters * 3 >= READ_BYTES,
     }));
   }
 
-  /** Writes what waits. It never rejects: while the database is away it tries again, and the producers are held by `drain`. */
-  private async flush(): Promise<void> {
-    const rows = this.takeRows();
-    if (rows.length === 0) return;
-    const stopTimer = this.metrics.logFlushDuration.startTimer();
-    const values = [
-      `{${rows.map(({ writer }) => writer.owner.execution_id).join()}}`,
-      `{${rows.map(({ writer }) => writer.owner.fence).join()}}`,
-      `{${rows.map(({ batch }) => batch.first).join()}}`,
-      `{${rows.map(({ batch }) => batch.last).join()}}`,
-      rows.map(({ text }) => text).join(ROW_SEPARATOR),
-    ];
-    try {
-      const written = await this.retried(() =>
-        this.session.query<{ execution_id: string }>({ ...FLUSH, values }),
-      );
-      stopTimer();
-      this.settle(rows, new Set(written.rows.map((row) => row.execution_id)));
-    } catch (error) {
-      // The shutdown, or a defect: the chunks are not in the log, so these attempts must not go on; another one may.
-      this.metrics.logFlushFailures.inc();
-      if (!this.shutdown.signal.aborted) this.logger.error(error);
-      rows.forEach(({ writer }) => writer.shutOut(error));
-    }
-  }
-
-  /** A row of each execution: where two attempts of one write in this process, the statement's answer can't tell them apart. */
-  private takeRows(): PendingRow[] {
-    const rows = new Map<string, PendingRow>();
-    for (const writer of this.dirty) {
-      if (rows.has(writer.owner.execution_id)) continue;
-      this.dirty.delete(writer);
-      const row = writer.takeRow();
-      if (row) rows.set(writer.owner.execution_id, row);
-    }
-    if (this.dirty.size > 0) this.flushes.request(0);
-    return [...rows.values()];
-  }
-
-  private settle(rows: PendingRow[], written: Set<string>): void {
+  private committed(rows: PendingRow[]): void {
     const now = performance.now();
-    // Of a row that was refused nobody may hear: others would wait for chunks that never come.
     const announced: LogPosition[] = [];
     let chunks = 0;
     for (const row of rows) {
-      const { writer, batch, text } = row;
-      if (!written.has(writer.owner.execution_id)) {
-        writer.shutOut();
-        continue;
-      }
+      const { writer, batch, characters } = row;
       chunks += batch.chunks.length;
       writer.lastFlush = now;
       announced.push({ executionId: writer.owner.execution_id, last: batch.last });
-      this.subscriptions.deliver(writer.owner.execution_id, batch, text.length);
+      this.subscriptions.deliver(writer.owner.execution_id, batch, characters);
       writer.committed(row);
     }
     this.metrics.logChunks.inc(chunks);
     this.notifier.announce(announced);
   }
 
-  private async commitEnds(asked: WriterEnd[]): Promise<(TerminalStatus | undefined)[]> {
+  private async commitEnds(asked: WriterEnd[]): Promise<(TerminalStatus | typeof BUSY | undefined)[]> {
     // Several writers of one attempt, as when several clients cancel at once what is still queued: one of them ends it.
     const chosen = new Map(asked.map((item) => [keyOf(item.writer.owner), item]));
     const items = [...chosen.values()];
@@ -255,8 +227,8 @@ export class PostgresEventLog
       items.map(({ writer }) => writer.owner.fence),
       ends.map((end) => end.status),
       ends.map((end) => end.code ?? null),
-      ends.map((end) => end.error?.replaceAll('\u0000', '\ufffd') ?? null), // `text` can't hold U+0000
-      ends.map((end) => JSON.stringify(end.response)).join(ROW_SEPARATOR),
+      ends.map((end) => end.error ?? null),
+      items.map(({ response }) => response).join(ROW_SEPARATOR),
       ends.map((end) => end.input_tokens),
       ends.map((end) => end.output_tokens),
       ends.map((end) => end.first_chunk_at ?? null),
@@ -265,13 +237,13 @@ export class PostgresEventLog
       ends.map((end) => end.chunk).join(ROW_SEPARATOR),
       ends.map((end) => end.cancelled_chunk).join(ROW_SEPARATOR),
     ];
-    const { rows } = await this.retried(() => this.pool.query<EndedRow>({ ...END, values }));
+    const { rows } = await queryLarge<EndedRow>(this.pool, { ...END, values });
     const ended = new Map(rows.map((row) => [keyOf(row), row.status]));
     const announced: LogPosition[] = [];
     for (const { writer, end } of items) {
       const executionId = writer.owner.execution_id;
       const status = ended.get(keyOf(writer.owner));
-      if (!status) continue;
+      if (!status || !isFinal(status)) continue;
       announced.push({ executionId, last: end.sequence });
       const chunk = status === end.status ? end.chunk : end.cancelled_chunk;
       const batch = { first: end.sequence, last: end.sequence, chunks: [chunk], terminal: true };
@@ -281,18 +253,14 @@ export class PostgresEventLog
     this.notifier.announce(announced);
     return asked.map((item) => {
       const key = keyOf(item.writer.owner);
-      return chosen.get(key) === item ? ended.get(key) : undefined;
+      const status = chosen.get(key) === item ? ended.get(key) : undefined;
+      return status && !isFinal(status) ? BUSY : status;
     });
   }
 
-  private retried<Result>(statement: () => Promise<Result>): Promise<Result> {
-    return retryWhileUnavailable(statement, {
-      signal: this.shutdown.signal,
-      onRetry: (error) => {
-        this.metrics.logFlushFailures.inc();
-        this.logger.warn(error);
-      },
-    });
+  private retried(error: unknown): void {
+    this.metrics.logFlushFailures.inc();
+    this.logger.warn(error);
   }
 }
 

@@ -36,6 +36,7 @@ export function lastOf(executionId: string): string {
  * a newer one, which begins with an update of the execution, wait for this statement, and this statement see the newer one.
  * A row that is there already, word for word, is this very statement repeated after a lost connection: it was written.
  * It must follow the row before it: a crash of PostgreSQL can take the last rows away, and no reader may meet a gap.
+ * What somebody else holds a lock on is left out, so that one execution's row never holds up the others: see {@link UNWRITTEN}.
  */
 export const FLUSH = {
   name: 'event-log-flush',
@@ -47,10 +48,21 @@ export const FLUSH = {
              AS row (execution_id, fence, first_sequence, last_sequence, chunks)
       JOIN execution USING (execution_id, fence)
      WHERE execution.status ${IS_RUNNING} AND row.first_sequence - 1 = ${lastBefore('row.execution_id', 'row.first_sequence')}
-       FOR SHARE OF execution
+       FOR SHARE OF execution SKIP LOCKED
         ON CONFLICT (execution_id, first_sequence) DO UPDATE SET last_sequence = excluded.last_sequence
            WHERE stored.chunks = excluded.chunks
     RETURNING execution_id`,
+};
+
+/** Of rows that a flush left out, the executions whose row could be written now: it was locked. */
+export const UNWRITTEN = {
+  name: 'event-log-unwritten',
+  text: `
+    SELECT row.execution_id FROM unnest($1::uuid[], $2::int[], $3::int[]) AS row (execution_id, fence, first_sequence)
+      JOIN execution USING (execution_id, fence)
+     WHERE execution.status ${IS_RUNNING} AND row.first_sequence - 1 = ${lastBefore('row.execution_id', 'row.first_sequence')}
+       AND NOT EXISTS (SELECT 1 FROM execution_chunk AS stored
+                        WHERE stored.execution_id = row.execution_id AND stored.first_sequence = row.first_sequence)`,
 };
 
 /**
@@ -70,6 +82,9 @@ export const END = {
         string_to_array($13, E'\\x1e')
       ) AS item (execution_id, fence, status, code, error, response, input_tokens, output_tokens,
                  first_chunk_at, finished_at, sequence, chunk, cancelled_chunk)
+    ), free AS MATERIALIZED (
+      SELECT execution_id FROM execution WHERE execution_id IN (SELECT execution_id FROM ending)
+         FOR NO KEY UPDATE SKIP LOCKED
     ), ended AS (
       UPDATE execution SET
              status = CASE WHEN cancel_requested_at IS NULL THEN ending.status ELSE ${CANCELLED} END,
@@ -79,7 +94,7 @@ export const END = {
              input_tokens = ending.input_tokens, output_tokens = ending.output_tokens,
              first_chunk_at = coalesce(execution.first_chunk_at, ending.first_chunk_at),
              finished_at = ending.finished_at, last_sequence = ending.sequence
-        FROM ending
+        FROM ending JOIN free USING (execution_id)
        WHERE execution.execution_id = ending.execution_id AND execution.fence = ending.fence
          AND execution.status ${IS_UNFINISHED}
          AND ending.sequence - 1 = ${lastBefore('ending.execution_id', 'ending.sequence')}
@@ -114,28 +129,34 @@ export const END = {
     UNION
     SELECT execution_id, fence, execution.status
       FROM ending JOIN execution USING (execution_id, fence) JOIN execution_chunk AS stored USING (execution_id)
-     WHERE stored.first_sequence = ending.sequence AND stored.chunks IN (ending.chunk, ending.cancelled_chunk)`,
+     WHERE stored.first_sequence = ending.sequence AND stored.chunks IN (ending.chunk, ending.cancelled_chunk)
+    UNION
+    SELECT execution_id, fence, execution.status FROM ending JOIN execution USING (execution_id, fence)
+     WHERE execution.status ${IS_UNFINISHED} AND execution_id NOT IN (SELECT execution_id FROM free)`,
 };
 
 /**
  * For each of some readers, numbered from 1, the rows that hold anything after its cursor, beginning with the row that holds
- * the very next chunk, cut after $3 rows or about $4 bytes. Both ends are found through the primary key, so the price does
- * not depend on the cursor.
+ * the very next chunk, cut after $3 rows or about $4 bytes, and all of them after about $5 bytes. Both ends are found through the
+ * primary key, so the price does not depend on the cursor.
  */
 export const READ = {
   name: 'event-log-read',
   text: `
     SELECT reader::int, first_sequence, last_sequence, chunks
-      FROM unnest(${unseen('$1::uuid[]')}, ${unseen('$2::int[]')}) WITH ORDINALITY AS asked (execution_id, after, reader)
-     CROSS JOIN LATERAL (
-       SELECT *, sum(octet_length(chunks)) OVER (ORDER BY first_sequence) - octet_length(chunks) AS bytes_before
-         FROM (SELECT first_sequence, last_sequence, chunks FROM execution_chunk
-                WHERE execution_id = asked.execution_id
-                  AND first_sequence >= coalesce((SELECT max(first_sequence) FROM execution_chunk
-                                                   WHERE execution_id = asked.execution_id
-                                                     AND first_sequence <= asked.after + 1), 0)
-                ORDER BY first_sequence LIMIT $3) AS next_rows) AS sized
-     WHERE bytes_before < $4 AND last_sequence > after
+      FROM (
+        SELECT reader, own.*, sum(octet_length(chunks)) OVER (ORDER BY reader, first_sequence) - octet_length(chunks) AS bytes_before_all
+          FROM unnest(${unseen('$1::uuid[]')}, ${unseen('$2::int[]')}) WITH ORDINALITY AS asked (execution_id, after, reader)
+         CROSS JOIN LATERAL (
+           SELECT *, sum(octet_length(chunks)) OVER (ORDER BY first_sequence) - octet_length(chunks) AS bytes_before
+             FROM (SELECT first_sequence, last_sequence, chunks FROM execution_chunk
+                    WHERE execution_id = asked.execution_id
+                      AND first_sequence >= coalesce((SELECT max(first_sequence) FROM execution_chunk
+                                                       WHERE execution_id = asked.execution_id
+                                                         AND first_sequence <= asked.after + 1), 0)
+                    ORDER BY first_sequence LIMIT $3) AS next_rows) AS own
+         WHERE bytes_before < $4 AND last_sequence > after) AS sized
+     WHERE bytes_before_all < $5
      ORDER BY reader, first_sequence`,
 };
 

@@ -99,10 +99,9 @@ export class ExecutionRun implements RunObserver {
 
   content(agentId: string, text: string): Promise<void> | undefined {
     if (this.options.revision.graph.answers(agentId)) {
-      this.writer.append({ type: 'content', data: text, agent_id: agentId });
-    } else if (this.wantsProgress) {
-      this.writer.append({ type: 'progress', data: text, agent_id: agentId });
+      return this.writer.write({ type: 'content', data: text, agent_id: agentId });
     }
+    if (this.wantsProgress) return this.writer.write({ type: 'progress', data: text, agent_id: agentId });
     return this.writer.drain();
   }
 

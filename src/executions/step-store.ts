@@ -3,8 +3,12 @@ import type { OnApplicationShutdown } from '@nestjs/common';
 import { Pool } from 'pg';
 import { GroupCommit } from '../database/group-commit.js';
 import type { Step } from '../database/entities/step.entity.js';
+import { BUSY } from '../database/isolated-writes.js';
 import { ROW_SEPARATOR } from '../database/row-separator.js';
-import { retryWhileUnavailable } from '../database/unavailable.js';
+import { queryLarge } from '../database/query-at-length.js';
+import { storableText } from '../database/storable-text.js';
+import { ClosedError } from '../database/unavailable.js';
+import { Metrics } from '../metrics.js';
 
 /**
  * Only the current attempt of an execution gets in, as its fence ($14) tells: the share lock makes a newer one wait for this
@@ -27,11 +31,23 @@ const SAVE = {
      WHERE item.logged <= coalesce((SELECT last_sequence FROM execution_chunk
                                      WHERE execution_chunk.execution_id = item.execution_id
                                      ORDER BY first_sequence DESC LIMIT 1), 0)
-       FOR SHARE OF execution
+       FOR SHARE OF execution SKIP LOCKED
         ON CONFLICT (execution_id, agent_id) DO UPDATE SET
            status = excluded.status, attempt = excluded.attempt, output = excluded.output, error = excluded.error,
            code = excluded.code, input_tokens = excluded.input_tokens, output_tokens = excluded.output_tokens,
-           started_at = excluded.started_at, finished_at = excluded.finished_at`,
+           started_at = excluded.started_at, finished_at = excluded.finished_at
+    RETURNING step_id`,
+};
+
+/** Of steps that were left out, those that could be written now: somebody held a lock on their execution. */
+const UNSAVED = {
+  name: 'step-unsaved',
+  text: `
+    SELECT item.step_id FROM unnest($1::uuid[], $2::uuid[], $3::int[], $4::int[]) AS item (step_id, execution_id, fence, logged)
+      JOIN execution USING (execution_id, fence)
+     WHERE item.logged <= coalesce((SELECT last_sequence FROM execution_chunk
+                                     WHERE execution_chunk.execution_id = item.execution_id
+                                     ORDER BY first_sequence DESC LIMIT 1), 0)`,
 };
 
 /** What makes a step one of the attempt that owns the execution. */
@@ -41,37 +57,56 @@ export interface StepOwner {
   logged: number;
 }
 
-type Save = Step & StepOwner;
+type StepRow = Pick<Step, 'step_id'>;
+
+/** `json` is the output as JSON; empty if there is none. */
+type Save = Step & StepOwner & { json: string };
 
 /** Writes steps, those of all executions that change in the same moment in one statement. */
 @Injectable()
 export class StepStore implements OnApplicationShutdown {
   private readonly logger = new Logger(StepStore.name);
   private readonly shutdown = new AbortController();
-  private readonly saves = new GroupCommit<Save, void>((steps) => this.write(steps));
+  private readonly saves: GroupCommit<Save, void>;
 
-  constructor(private readonly pool: Pool) {}
+  constructor(
+    private readonly pool: Pool,
+    metrics: Metrics,
+  ) {
+    this.saves = new GroupCommit<Save, void>((steps) => this.write(steps), {
+      bytesOf: ({ json }) => Buffer.byteLength(json),
+      keyOf: ({ step_id, fence }) => `${step_id}:${fence}`,
+      patience: { signal: this.shutdown.signal, onRetry: (error) => this.logger.warn(error) },
+      onSplit: () => metrics.splitGroups.inc({ statement: 'step' }),
+    });
+  }
 
   onApplicationShutdown(): void {
-    this.shutdown.abort(new Error('The step store is closed.'));
+    this.shutdown.abort(new ClosedError('The step store is closed.'));
   }
 
-  /** Resolves after the commit, however long the database is away, or when a newer attempt shuts this one out. Saves of the same step keep their order. */
+  /**
+   * Resolves after the commit, however long the database is away, or when a newer attempt shuts this one out. Saves of the same
+   * step keep their order. Rejects if this step can't be written.
+   */
   save(step: Step, owner: StepOwner): Promise<void> {
-    return this.saves.add({ ...step, ...owner });
+    const json = step.output === null ? '' : JSON.stringify(step.output);
+    return this.saves.add({ ...step, ...owner, json });
   }
 
-  private async write(saves: Save[]): Promise<void[]> {
-    // One statement can't write a row twice: the last state of a step stands for all of them. Another attempt's gets in or not by its fence.
-    const steps = [...new Map(saves.map((step) => [`${step.step_id}:${step.fence}`, step])).values()];
+  private async write(steps: Save[]): Promise<(void | typeof BUSY)[]> {
+    const step_ids = steps.map((step) => step.step_id);
+    const execution_ids = steps.map((step) => step.execution_id);
+    const fences = steps.map((step) => step.fence);
+    const logged = steps.map((step) => step.logged);
     const values = [
-      steps.map((step) => step.step_id),
-      steps.map((step) => step.execution_id),
+      step_ids,
+      execution_ids,
       steps.map((step) => step.agent_id),
       steps.map((step) => step.status),
       steps.map((step) => step.attempt),
-      steps.map((step) => (step.output === null ? '' : JSON.stringify(step.output))).join(ROW_SEPARATOR),
-      steps.map((step) => step.error?.replaceAll('\u0000', '\ufffd') ?? null), // `text` can't hold U+0000
+      steps.map((step) => step.json).join(ROW_SEPARATOR),
+      steps.map((step) => (step.error === null ? null : storableText(step.error))),
       steps.map((step) => step.code),
       steps.map((step) => step.input_tokens),
       steps.map((step) => step.output_tokens),
@@ -79,13 +114,17 @@ export class StepStore implements OnApplicationShutdown {
       steps.map((step) => step.finished_at),
       // A step that has only begun is no checkpoint.
       steps.some((step) => step.finished_at !== null) ? 'on' : 'off',
-      steps.map((step) => step.fence),
-      steps.map((step) => step.logged),
+      fences,
+      logged,
     ];
-    await retryWhileUnavailable(() => this.pool.query({ ...SAVE, values }), {
-      signal: this.shutdown.signal,
-      onRetry: (error) => this.logger.warn(error),
+    const { rows: saved } = await queryLarge<StepRow>(this.pool, { ...SAVE, values });
+    if (saved.length === steps.length) return steps.map(() => undefined);
+    const left = await this.pool.query<StepRow>({
+      ...UNSAVED,
+      values: [step_ids, execution_ids, fences, logged],
     });
-    return saves.map(() => undefined);
+    const locked = new Set(left.rows.map(({ step_id }) => step_id));
+    saved.forEach(({ step_id }) => locked.delete(step_id));
+    return step_ids.map((stepId) => (locked.has(stepId) ? BUSY : undefined));
   }
 }
