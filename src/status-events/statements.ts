@@ -1,15 +1,19 @@
 import { SNAPSHOT_EXECUTIONS } from './status-event.js';
+
+/** Changes that one statement numbers: some 0.1 s of work, for which all others who number wait. */
+export const NUMBERED_AT_ONCE = 10_000;
 import { IS_QUEUED, IS_RUNNING, IS_UNFINISHED } from '../executions/status.js';
 
 /**
  * Gives a sequence to the changes that are committed and have none. Ids are given before a commit, so a reader that went
  * by them would pass over a change whose commit took longer than that of a later one; sequences are given after it, by
- * one transaction at a time, so whoever sees one sees all before it. In a transaction under the lock `sequence`.
+ * one transaction at a time, so whoever sees one sees all before it. The oldest {@link NUMBERED_AT_ONCE} at most. In a transaction under the lock `sequence`.
  */
 const NUMBER = `
   pending AS MATERIALIZED (
     SELECT event_id, nextval(pg_get_serial_sequence('status_event', 'event_id')) AS sequence
-      FROM (SELECT event_id FROM status_event WHERE sequence IS NULL ORDER BY event_id) AS oldest_first
+      FROM (SELECT event_id FROM status_event WHERE sequence IS NULL
+             ORDER BY event_id LIMIT ${NUMBERED_AT_ONCE}) AS oldest_first
   ), numbered AS (
     UPDATE status_event SET sequence = pending.sequence FROM pending WHERE status_event.event_id = pending.event_id
     RETURNING pending.sequence
@@ -18,7 +22,10 @@ const NUMBER = `
 /** How far the numbered changes go. */
 const HEAD = `coalesce((SELECT max(sequence) FROM numbered), (SELECT max(sequence) FROM status_event), 0)`;
 
-export const NUMBER_PENDING = `WITH ${NUMBER} SELECT ${HEAD} AS head`;
+/** How many were numbered: as many as one statement may, if there may be more. */
+const NUMBERED = `(SELECT count(*)::int FROM numbered)`;
+
+export const NUMBER_PENDING = `WITH ${NUMBER} SELECT ${HEAD} AS head, ${NUMBERED} AS numbered`;
 
 /** Whether there is something to number, and how far the numbered ones go. */
 export const LOOK = {
@@ -38,7 +45,7 @@ const OF_DEPLOYMENT = `
 
 /**
  * The numbering and the state in one statement, which sees one moment of both: a change that the state shows is not
- * told again. $5: with deployments. Under the lock `sequence`.
+ * told again. That holds if it numbered all there was. $5: with deployments. Under the lock `sequence`.
  */
 export const SNAPSHOT = `
   WITH ${NUMBER}, unfinished AS MATERIALIZED (
@@ -46,7 +53,7 @@ export const SNAPSHOT = `
            created_at, started_at
       FROM execution WHERE status ${IS_UNFINISHED} AND ${OF_EXECUTION}
   )
-  SELECT ${HEAD} AS sequence,
+  SELECT ${HEAD} AS sequence, ${NUMBERED} AS numbered,
          now() AS timestamp,
          (SELECT count(*) FROM unfinished WHERE status ${IS_QUEUED}) AS queued,
          (SELECT count(*) FROM unfinished WHERE status ${IS_RUNNING}) AS running,

@@ -3,10 +3,11 @@ import type { BeforeApplicationShutdown } from '@nestjs/common';
 import { Pool } from 'pg';
 import type { StatusEvent } from '../database/entities/status-event.entity.js';
 import { exclusively } from '../database/exclusively.js';
+import { AppError } from '../errors.js';
 import { LOCKS } from '../database/locks.js';
 import { isUnavailable, retryWhileUnavailable } from '../database/unavailable.js';
 import { Repeat } from '../repeat.js';
-import { IS_KEPT, LOOK, NUMBER_PENDING, READ, SNAPSHOT } from './statements.js';
+import { IS_KEPT, LOOK, NUMBERED_AT_ONCE, NUMBER_PENDING, READ, SNAPSHOT } from './statements.js';
 import type {
   SnapshotDeployment,
   SnapshotExecution,
@@ -19,6 +20,8 @@ import type {
 const POLL_MS = 200;
 /** Changes that a reader takes at once. */
 const READ_ROWS = 500;
+/** Pieces that are numbered in a row. */
+const MOST_PIECES = 20;
 /** Sequences that are looked through at once; there are about two of them for a change. */
 const READ_SPAN = 20_000;
 
@@ -86,23 +89,46 @@ export class StatusEvents implements BeforeApplicationShutdown {
     }
   }
 
-  /** Makes committed changes readable. Readers do it as they go; while there are none, somebody must now and then. */
-  async number(): Promise<number> {
-    const { head } = await this.inSequence<{ head: string }>((query) => query(NUMBER_PENDING));
-    return Number(head);
+  /**
+   * Makes committed changes readable, in pieces with a transaction each, so that others get a turn in between; what is left of a
+   * large backlog follows the next time. Readers do it as they go; while there are none, somebody must now and then.
+   */
+  async number(): Promise<void> {
+    for (let piece = 0; piece < MOST_PIECES && !this.closed; piece++) {
+      const { isAll } = await this.numberSome();
+      if (isAll) return;
+    }
+  }
+
+  /** Numbers a piece of what is pending. */
+  private async numberSome(): Promise<{ head: number; isAll: boolean }> {
+    const { head, numbered } = await this.inSequence<{ head: string; numbered: number }>((query) =>
+      query(NUMBER_PENDING),
+    );
+    return { head: Number(head), isAll: numbered < NUMBERED_AT_ONCE };
   }
 
   private snapshot(filter: StatusFilter): Promise<StatusSnapshot> {
     const key = JSON.stringify(valuesOf(filter));
     const waiting = this.snapshots.get(key);
     if (waiting) return waiting;
-    const snapshot = this.inSequence<SnapshotRow>((query) => {
-      this.snapshots.delete(key);
-      return query(SNAPSHOT, valuesOf(filter));
-    }).then(snapshotOf);
+    const snapshot = this.takeSnapshot(filter, key);
     this.snapshots.set(key, snapshot);
     snapshot.catch(() => this.snapshots.delete(key)); // those who asked are told
     return snapshot;
+  }
+
+  /** It shows what is numbered after it, too, as long as more is pending than its statement numbers: then it is taken again. */
+  private async takeSnapshot(filter: StatusFilter, key: string): Promise<StatusSnapshot> {
+    for (;;) {
+      if (this.closed) throw new AppError('unavailable', 'The server is shutting down.', { retryAfter: 1 });
+      const row = await this.inSequence<SnapshotRow>((query) => {
+        this.snapshots.delete(key);
+        return query(SNAPSHOT, valuesOf(filter));
+      });
+      if (row.numbered < NUMBERED_AT_ONCE) return snapshotOf(row);
+      await this.number();
+    }
   }
 
   /** One transaction at a time, of all processes; those of this process wait for each other without a connection. */
@@ -163,7 +189,7 @@ export class StatusEvents implements BeforeApplicationShutdown {
   /** Finds out how far the changes go, and keeps the newest for all readers that had what came before. */
   private async look(): Promise<void> {
     const { rows } = await this.pool.query<{ pending: boolean; head: string }>(LOOK);
-    const head = rows[0]?.pending ? await this.number() : Number(rows[0]?.head ?? 0);
+    const head = rows[0]?.pending ? (await this.numberSome()).head : Number(rows[0]?.head ?? 0);
     if (head <= this.head) return;
     const after = this.head;
     const values = [...valuesOf({ deployments: true }), after, head, READ_ROWS];
@@ -184,6 +210,7 @@ type Work<Row> = (query: (text: string, values?: unknown[]) => Promise<Row>) => 
 /** As PostgreSQL says it: moments inside JSON and large numbers are text. */
 interface SnapshotRow {
   sequence: string;
+  numbered: number;
   timestamp: Date;
   queued: string;
   running: string;

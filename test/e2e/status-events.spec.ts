@@ -254,6 +254,32 @@ describe('who watches', () => {
     watcher.leave();
   });
 
+  it('is served, and no other execution waits, while 250,000 changes are not numbered yet', async () => {
+    const deployment = await studio.deploy(echo());
+    await server.database.query(
+      `INSERT INTO status_event (deployment_id, deployment_name, environment, workflow_id, status, created_at)
+       SELECT deployment_id, deployment_name, environment, workflow_id, 'inactive', now()
+         FROM deployment, generate_series(1, 250000) WHERE deployment_name = $1`,
+      [deployment],
+    );
+    const [watchers, ran] = await Promise.all([
+      Promise.all([watch(ALL), watch(ALL), watch(`${ALL}?status=queued`)]),
+      run(deployment),
+    ]);
+    expect(ran.status).toBe(200);
+    for (const watcher of watchers)
+      expect(await until(() => watcher.messages[0])).toMatchObject({ type: 'snapshot' });
+    const { executionId } = await studio.stream({ deployment_name: deployment, query: 'x' });
+    // The snapshot has all that was pending, so this is what comes after it.
+    const [watcher] = watchers;
+    await until(
+      () =>
+        watcher?.changes().filter(({ execution_id }) => execution_id === executionId).length === 3 ||
+        undefined,
+    );
+    watchers.forEach((each) => each.leave());
+  });
+
   it('is told when it asks for what can not be', async () => {
     for (const query of [
       'status=done',
