@@ -3,7 +3,7 @@ import base from './jest.config.js';
 const { testEnvironment, extensionsToTreatAsEsm, moduleNameMapper, transform, reporters } = base;
 
 /** The specs that depend on what carries the queue; the others run with it in PostgreSQL only. */
-const OF_THE_QUEUE = ['accepted', 'crash', 'limits', 'poison', 'redis', 'zombie'];
+const OF_THE_QUEUE = ['accepted', 'clocks', 'crash', 'limits', 'poison', 'redis', 'zombie'];
 
 const project = (queue, testMatch) => ({
   testEnvironment,
