@@ -40,6 +40,7 @@ export const ERROR_CODES = {
   workflow_invalid: { status: 422, title: 'The workflow definition is not valid' },
   headers_too_large: { status: 431, title: 'The head of the request is too large' },
   queue_full: { status: 429, title: 'Too many executions wait' },
+  too_many_requests: { status: 429, title: 'Too many requests that read much wait' },
   too_many_subscriptions: { status: 429, title: 'This WebSocket follows too many streams' },
   internal_error: { status: 500, title: 'Something went wrong in the server' },
   agent_error: { status: 502, title: 'An agent could not produce its output' },

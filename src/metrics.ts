@@ -118,6 +118,26 @@ export class Metrics {
     labelNames: ['statement'] as const,
     registers: [this.registry],
   });
+  readonly uncountedEnds = new Gauge({
+    name: 'agent_studio_uncounted_ends',
+    help: 'Ends of executions, in the whole system, that are not added to counters and statistics yet; answers hold them all the same',
+    registers: [this.registry],
+  });
+  readonly uncountedEndsAge = new Gauge({
+    name: 'agent_studio_uncounted_ends_age_seconds',
+    help: 'How long ago the oldest of them was',
+    registers: [this.registry],
+  });
+  readonly slowStatementsWaiting = new Gauge({
+    name: 'agent_studio_slow_statements_waiting',
+    help: 'Statements that may take long and wait for a connection of their own pool',
+    registers: [this.registry],
+  });
+  readonly refusedSlowRequests = new Counter({
+    name: 'agent_studio_refused_slow_requests_total',
+    help: 'Requests that this process refused because too many waited for those connections, or for too long',
+    registers: [this.registry],
+  });
 
   constructor() {
     collectDefaultMetrics({ register: this.registry });

@@ -2,12 +2,15 @@ import { Client } from 'pg';
 import { DataSource } from 'typeorm';
 import { BatchOrder } from './entities/batch-order.entity.js';
 import { Batch } from './entities/batch.entity.js';
+import { CounterDelta } from './entities/counter-delta.entity.js';
 import { DeploymentRevision } from './entities/deployment-revision.entity.js';
 import { Deployment } from './entities/deployment.entity.js';
 import { ExecutionChunk } from './entities/execution-chunk.entity.js';
 import { Execution } from './entities/execution.entity.js';
+import { ExecutionStatistics } from './entities/execution-statistics.entity.js';
 import { ExecutionSubscriber } from './entities/execution-subscriber.entity.js';
 import { ServerProcess } from './entities/server-process.entity.js';
+import { StatisticsBackfill } from './entities/statistics-backfill.entity.js';
 import { StatusEvent } from './entities/status-event.entity.js';
 import { Step } from './entities/step.entity.js';
 import { WorkerLease } from './entities/worker-lease.entity.js';
@@ -52,6 +55,9 @@ export function createDataSource({ url, poolSize = 10, timeoutMs }: DatabaseOpti
       ExecutionSubscriber,
       ServerProcess,
       StatusEvent,
+      CounterDelta,
+      ExecutionStatistics,
+      StatisticsBackfill,
     ],
     migrations,
     migrationsTransactionMode: 'each',

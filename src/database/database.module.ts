@@ -5,6 +5,7 @@ import { Pool } from 'pg';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { createDataSource, migrate } from './data-source.js';
+import { SlowPool } from './slow-pool.js';
 import { Notifications } from './notifications.js';
 import { sessionConfig } from './session.js';
 
@@ -22,6 +23,7 @@ import { sessionConfig } from './session.js';
   ],
   providers: [
     Notifications,
+    SlowPool,
     {
       provide: Pool,
       inject: [CONFIG],
@@ -32,7 +34,7 @@ import { sessionConfig } from './session.js';
         }),
     },
   ],
-  exports: [Notifications, Pool],
+  exports: [Notifications, Pool, SlowPool],
 })
 export class DatabaseModule implements OnApplicationShutdown {
   private readonly logger = new Logger(DatabaseModule.name);

@@ -13,6 +13,8 @@ export const LOCKS = {
   batch: 7_061_923_421,
   /** Makes the example, once. */
   seed: 7_061_923_422,
+  /** Adds ends of executions to counters and statistics, each once. */
+  counters: 7_061_923_423,
 } as const;
 
 export type AdvisoryLock = (typeof LOCKS)[keyof typeof LOCKS];

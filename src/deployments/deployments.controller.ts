@@ -145,11 +145,11 @@ export class DeploymentsController {
   /**
    * Read how a deployment's executions went
    *
-   * @remarks Only executions that have ended count, each at the time of its end. At most 1,500 steps of a time series can be asked for.
+   * @remarks Only executions that have ended count, each at the time of its end. Percentiles are within 2 % of the exact ones. At most 1,500 steps of a time series can be asked for.
    */
   @Get('deployments/:deployment_name/statistics')
   @DeploymentName()
-  @ApiProblems('validation_failed', 'deployment_not_found')
+  @ApiProblems('validation_failed', 'deployment_not_found', 'too_many_requests')
   statistics(
     @Param('deployment_name') deploymentName: string,
     @Query() query: StatisticsQueryDto,

@@ -6,6 +6,7 @@ import type { Observable } from 'rxjs';
 import { DataSource } from 'typeorm';
 import type { EntityManager } from 'typeorm';
 import { v7 as uuidv7, validate as isUuid } from 'uuid';
+import { countedDeployment } from '../database/counted-deployment.js';
 import type { RuntimeConfig } from '../database/entities/configuration.js';
 import type { DeploymentRevision } from '../database/entities/deployment-revision.entity.js';
 import type { Deployment } from '../database/entities/deployment.entity.js';
@@ -69,7 +70,7 @@ const ACTIVATE = `
          workflow_id = excluded.workflow_id, revision_id = excluded.revision_id, status = 'active',
          deployed_by = excluded.deployed_by, deployed_at = excluded.deployed_at, stopped_at = NULL
    WHERE deployment.status = 'inactive'
-  RETURNING *`;
+  RETURNING deployment_id`;
 
 const INSERT_REVISION = `
   INSERT INTO deployment_revision (revision_id, deployment_id, configuration, runtime_config, created_at)
@@ -77,10 +78,14 @@ const INSERT_REVISION = `
 
 /** Stopping again changes nothing. */
 const STOP = `
-  UPDATE deployment SET status = 'inactive', stopped_at = coalesce(stopped_at, $2) WHERE deployment_id = $1 RETURNING *`;
+  UPDATE deployment SET status = 'inactive', stopped_at = coalesce(stopped_at, $2) WHERE deployment_id = $1`;
 
 const SELECT = `
-  SELECT deployment.*, workflow.name AS workflow_name FROM deployment LEFT JOIN workflow USING (workflow_id)`;
+  SELECT deployment.*, workflow.name AS workflow_name
+    FROM ${countedDeployment()} AS deployment LEFT JOIN workflow USING (workflow_id)`;
+
+/** Not in the statement that changes the row: that one's counters would be older than its deltas, or newer. */
+const READ = `${SELECT} WHERE deployment_id = $1`;
 
 const LIST = `${SELECT}
    WHERE ($1::text IS NULL OR environment = $1) AND ($2::text IS NULL OR status = $2)
@@ -129,8 +134,7 @@ export class DeploymentsService {
       if (!workflow) throw workflowNotFound(workflowId);
       if (!workflow.is_active) throw workflowInactive(workflow);
       await this.workflows.compile(workflow.configuration, { stored: true });
-      const deployment = await activate(workflow, body, transaction);
-      return present({ ...deployment, workflow_name: workflow.name });
+      return present(await activate(workflow, body, transaction));
     });
   }
 
@@ -178,9 +182,10 @@ export class DeploymentsService {
   /** Takes no new executions from here on; running ones end. Without an environment, an active one is meant first. */
   async stop(deploymentName: string, environment?: string): Promise<DeploymentDto> {
     const found = await this.find(deploymentName, environment, { preferActive: true });
-    const { rows } = await this.pool.query<Deployment>(STOP, [found.deployment_id, new Date()]);
+    await this.pool.query(STOP, [found.deployment_id, new Date()]);
+    const { rows } = await this.pool.query<DeploymentRow>(READ, [found.deployment_id]);
     if (!rows[0]) throw notFound(deploymentName, environment);
-    return present({ ...rows[0], workflow_name: found.workflow_name });
+    return present(rows[0]);
   }
 
   /** Deletes the deployment with its counters. Its executions, and the revisions that they run, stay. */
@@ -250,12 +255,12 @@ async function activate(
   workflow: Workflow,
   body: DeployWorkflowDto,
   transaction: EntityManager,
-): Promise<Deployment> {
+): Promise<DeploymentRow> {
   const { deployment_name, deployed_by } = body;
   const environment = body.environment ?? DEFAULT_ENVIRONMENT;
   const revision_id = uuidv7();
   const now = new Date();
-  const [deployment] = await transaction.query<Deployment[]>(ACTIVATE, [
+  const [activated] = await transaction.query<Pick<Deployment, 'deployment_id'>[]>(ACTIVATE, [
     uuidv7(),
     deployment_name,
     environment,
@@ -264,15 +269,17 @@ async function activate(
     deployed_by,
     now,
   ]);
-  if (!deployment) {
+  if (!activated) {
     throw new AppError(
       'deployment_exists',
       `There is an active deployment "${deployment_name}" in the environment "${environment}". Stop it first, or choose another name or environment.`,
     );
   }
   const runtimeConfig = body.runtime_config ?? {};
-  const revision = [revision_id, deployment.deployment_id, workflow.configuration, runtimeConfig, now];
+  const revision = [revision_id, activated.deployment_id, workflow.configuration, runtimeConfig, now];
   await transaction.query(INSERT_REVISION, revision);
+  const [deployment] = await transaction.query<DeploymentRow[]>(READ, [activated.deployment_id]);
+  if (!deployment) throw new Error(`The deployment ${activated.deployment_id} is missing.`);
   return deployment;
 }
 

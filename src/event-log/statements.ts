@@ -1,11 +1,4 @@
-import {
-  CANCELLED,
-  IS_CANCELLED,
-  IS_COMPLETED,
-  IS_ERROR,
-  IS_RUNNING,
-  IS_UNFINISHED,
-} from '../executions/status.js';
+import { CANCELLED, IS_RUNNING, IS_UNFINISHED } from '../executions/status.js';
 
 /**
  * A parameter that the planner does not look into. Else it takes the few items of its array for a reason to make a new plan at
@@ -66,10 +59,10 @@ export const UNWRITTEN = {
 };
 
 /**
- * The ends of several executions, each with its terminal chunk and its deployment's counters, in one transaction.
+ * The ends of several executions, each with its terminal chunk, in one transaction; a trigger adds what each of them counts
+ * (`counter_delta`), so that no row is locked but the executions' own.
  * A cancellation that was requested wins over every other end, since its client was told that the execution is cancelled.
- * Deployments are locked in the order of their ids, so that two processes can't wait for each other. An end
- * that is there already, word for word, counts: the statement was repeated after a lost connection. Like a flush, the
+ * An end that is there already, word for word, counts: the statement was repeated after a lost connection. Like a flush, the
  * terminal chunk must follow the chunk before it.
  */
 export const END = {
@@ -98,32 +91,11 @@ export const END = {
        WHERE execution.execution_id = ending.execution_id AND execution.fence = ending.fence
          AND execution.status ${IS_UNFINISHED}
          AND ending.sequence - 1 = ${lastBefore('ending.execution_id', 'ending.sequence')}
-      RETURNING execution.execution_id, execution.fence, execution.deployment_id, execution.status, execution.error, execution.finished_at
+      RETURNING execution.execution_id, execution.fence, execution.status
     ), logged AS (
       INSERT INTO execution_chunk (execution_id, first_sequence, last_sequence, chunks)
       SELECT execution_id, sequence, sequence, CASE WHEN ended.status = ending.status THEN chunk ELSE cancelled_chunk END
         FROM ending JOIN ended USING (execution_id, fence)
-    ), locked AS MATERIALIZED (
-      SELECT deployment_id FROM deployment
-       WHERE deployment_id IN (SELECT deployment_id FROM ended) ORDER BY deployment_id FOR NO KEY UPDATE
-    ), counted AS (
-      UPDATE deployment SET
-             execution_count = execution_count + ends.all_ends,
-             success_count = success_count + ends.completed,
-             error_count = error_count + ends.failed,
-             cancelled_count = cancelled_count + ends.cancelled,
-             last_executed_at = greatest(last_executed_at, ends.last_at),
-             last_error = CASE WHEN ends.failed > 0 THEN ends.failure ELSE deployment.last_error END,
-             last_error_at = CASE WHEN ends.failed > 0 THEN ends.failed_at ELSE deployment.last_error_at END
-        FROM (SELECT deployment_id, count(*) AS all_ends,
-                     count(*) FILTER (WHERE status ${IS_COMPLETED}) AS completed,
-                     count(*) FILTER (WHERE status ${IS_ERROR}) AS failed,
-                     count(*) FILTER (WHERE status ${IS_CANCELLED}) AS cancelled,
-                     max(finished_at) AS last_at,
-                     max(finished_at) FILTER (WHERE status ${IS_ERROR}) AS failed_at,
-                     (array_agg(error ORDER BY finished_at DESC) FILTER (WHERE status ${IS_ERROR}))[1] AS failure
-                FROM ended JOIN locked USING (deployment_id) GROUP BY deployment_id) AS ends
-       WHERE deployment.deployment_id = ends.deployment_id
     )
     SELECT execution_id, fence, status FROM ended
     UNION

@@ -1,7 +1,7 @@
 import { Injectable, Logger } from '@nestjs/common';
 import { Pool } from 'pg';
 import type { Execution } from '../database/entities/execution.entity.js';
-import { queryAtLength } from '../database/query-at-length.js';
+import { SlowPool } from '../database/slow-pool.js';
 import { EventLog, FencedError } from '../event-log/event-log.js';
 import type { ExecutionEnd, LogWriter } from '../event-log/event-log.js';
 import { Metrics } from '../metrics.js';
@@ -67,6 +67,7 @@ export class ExecutionEnds {
 
   constructor(
     private readonly pool: Pool,
+    private readonly slowPool: SlowPool,
     private readonly log: EventLog,
     private readonly admission: ExecutionsAdmission,
     private readonly metrics: Metrics,
@@ -118,7 +119,7 @@ export class ExecutionEnds {
   async closeLeftSteps(signal: AbortSignal): Promise<void> {
     for (let closed = LEFT_STEPS; closed === LEFT_STEPS && !signal.aborted;) {
       const statement = { text: CLOSE_LEFT_STEPS, values: [LEFT_STEPS] };
-      closed = (await queryAtLength(this.pool, statement)).rowCount ?? 0;
+      closed = (await this.slowPool.query(statement)).rowCount ?? 0;
       if (closed > 0) this.logger.log({ steps: closed }, 'Steps of ended executions were closed.');
     }
   }

@@ -5,7 +5,7 @@ import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import type { Execution } from '../database/entities/execution.entity.js';
 import type { Step } from '../database/entities/step.entity.js';
-import { queryAtLength } from '../database/query-at-length.js';
+import { SlowPool } from '../database/slow-pool.js';
 import { DeploymentsService } from '../deployments/deployments.service.js';
 import type { CompiledRevision } from '../deployments/deployments.service.js';
 import { Evaluator } from '../engine/evaluation.js';
@@ -47,6 +47,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
   constructor(
     @Inject(CONFIG) private readonly config: ServerConfig,
     private readonly pool: Pool,
+    private readonly slowPool: SlowPool,
     private readonly queue: ExecutionQueue,
     private readonly log: EventLog,
     private readonly deployments: DeploymentsService,
@@ -190,7 +191,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
     if (unfinished.length === 0) return [];
     // The whole log is looked through for one that said nothing.
     const statement = { text: SPEAKERS, values: [execution_id, unfinished] };
-    const { rows } = await queryAtLength<{ agent_id: string }>(this.pool, statement);
+    const { rows } = await this.slowPool.query<{ agent_id: string }>(statement);
     return rows.map(({ agent_id }) => agent_id);
   }
 }

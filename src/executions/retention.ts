@@ -1,9 +1,8 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 import { Inject, Injectable, Logger } from '@nestjs/common';
-import { Pool } from 'pg';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
-import { queryAtLength } from '../database/query-at-length.js';
+import { SlowPool } from '../database/slow-pool.js';
 import { END_PARTS } from '../event-log/merged-order.js';
 
 /** Executions and chunks of a batch, about: a transaction of some ten milliseconds. */
@@ -66,7 +65,7 @@ export class Retention {
   private readonly logger = new Logger(Retention.name);
 
   constructor(
-    private readonly pool: Pool,
+    private readonly pool: SlowPool,
     @Inject(CONFIG) private readonly config: ServerConfig,
   ) {}
 
@@ -83,7 +82,7 @@ export class Retention {
     let total = 0;
     for (let batch = 0; batch < MOST_BATCHES && !signal.aborted; batch++) {
       const values = [this.config.EVENT_RETENTION_DAYS];
-      const { rowCount } = await queryAtLength(this.pool, { text: statement, values });
+      const { rowCount } = await this.pool.query({ text: statement, values });
       if (!rowCount) break;
       total += rowCount;
       await sleep(PAUSE_MS, undefined, { signal }).catch(() => undefined); // an abort: the loop ends

@@ -1,3 +1,4 @@
+import { countedDeployment } from '../database/counted-deployment.js';
 import { SNAPSHOT_EXECUTIONS } from './status-event.js';
 
 /** Changes that one statement numbers: some 0.1 s of work, for which all others who number wait. */
@@ -63,7 +64,7 @@ export const SNAPSHOT = `
            (SELECT coalesce(json_agg(found), '[]')
               FROM (SELECT deployment_id, deployment_name, environment, workflow_id, status, execution_count, success_count,
                            error_count, cancelled_count, last_executed_at
-                      FROM deployment WHERE ${OF_DEPLOYMENT} ORDER BY deployment_id) AS found)
+                      FROM ${countedDeployment()} AS deployment WHERE ${OF_DEPLOYMENT} ORDER BY deployment_id) AS found)
          END AS deployments`;
 
 /** Changes after a sequence ($6) and up to another one ($7), $8 at most. */

@@ -3,18 +3,27 @@ import request from 'supertest';
 import { v7 as uuidv7 } from 'uuid';
 import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
+import { RollUps } from '../../src/deployments/roll-ups.js';
 import { DeploymentRoutes } from '../support/deployments.js';
 
 let server: TestApp;
 let routes: DeploymentRoutes;
 
 beforeAll(async () => {
-  server = await startTestApp();
+  server = await startTestApp({ ROLE: 'api' }); // nothing is added to the counters but by a test
   routes = new DeploymentRoutes(server.url);
 });
 afterAll(() => server.close());
 
-describe('statistics', () => {
+/** Where the executions are, that statistics are made of. */
+const KEPT = [
+  'in no roll-up yet',
+  'in roll-ups',
+  'older than roll-ups',
+  'older than roll-ups, and backfilled',
+] as const;
+
+describe.each(KEPT)('statistics of executions that are %s', (kept) => {
   interface Sample {
     status: 'completed' | 'error' | 'cancelled' | 'running';
     /** Offset of the end, in ms, from the series' begin. */
@@ -25,32 +34,58 @@ describe('statistics', () => {
   const BEGIN = Date.parse('2026-03-01T00:00:00Z');
   const HOUR = 3_600_000;
 
-  /** A deployment with these executions, and with counters that only the deployment's own row can be the source of. */
+  const isOlder = kept.startsWith('older');
+
+  /** A deployment with these executions. */
   async function withSamples(samples: Sample[]): Promise<string> {
     const deployment = await routes.deployed();
+    const query = (text: string, values?: unknown[]) => server.database.query(text, values);
     for (const [index, { status, at, duration, first }] of samples.entries()) {
       const end = BEGIN + at;
-      await server.database.query(
+      const id = uuidv7();
+      const finishedAt = status === 'running' ? null : new Date(end);
+      await query(
         `INSERT INTO execution (execution_id, deployment_id, deployment_name, environment, workflow_id, revision_id, status,
                                 input, error, input_tokens, output_tokens, created_at, first_chunk_at, finished_at)
          VALUES ($1, $2, $3, $4, $5, $6, $7, '{}', $8, 10, 2, $9, $10, $11)`,
         [
-          uuidv7(),
+          id,
           deployment.deployment_id,
           deployment.deployment_name,
           deployment.environment,
           deployment.workflow_id,
           deployment.revision_id,
-          status,
+          isOlder ? status : 'running',
           status === 'error' ? `failure ${index}` : null,
           new Date(end - duration),
           first === undefined ? null : new Date(end - duration + first),
-          status === 'running' ? null : new Date(end),
+          isOlder ? finishedAt : null,
         ],
       );
+      if (isOlder || status === 'running') continue;
+      await query('UPDATE execution SET status = $2, finished_at = $3 WHERE execution_id = $1', [
+        id,
+        status,
+        finishedAt,
+      ]);
     }
+    const rollUps = server.app.get(RollUps);
+    if (isOlder) {
+      await query(`DELETE FROM statistics_backfill`);
+      await query(`DELETE FROM execution_statistics`);
+      await query(`INSERT INTO statistics_backfill VALUES ('ffffffff-ffff-ffff-ffff-ffffffffffff')`);
+    }
+    if (kept === 'in roll-ups') await rollUps.fold();
+    if (kept === 'older than roll-ups, and backfilled') await rollUps.backfill();
     return deployment.deployment_name;
   }
+
+  /** A percentile, which may be 2 % off. */
+  const about = (exact: number): number =>
+    ({
+      asymmetricMatch: (value: unknown) => Math.abs(Number(value) - exact) <= exact * 0.02 + 0.05,
+      toAsymmetricMatcher: () => `about ${exact}`,
+    }) as unknown as number;
 
   const SAMPLES: Sample[] = [
     { status: 'completed', at: 0, duration: 100, first: 10 },
@@ -82,12 +117,12 @@ describe('statistics', () => {
       error_rate: 0.4,
       last_executed_at: '2026-03-01T03:00:00.000Z',
       last_error: { message: 'failure 3', at: '2026-03-01T01:00:00.001Z' },
-      duration_ms: { p50: 250, p95: 385, p99: 397 },
-      time_to_first_chunk_ms: { p50: 25, p95: 38.5, p99: 39.7 },
+      duration_ms: { p50: about(250), p95: about(385), p99: about(397) },
+      time_to_first_chunk_ms: { p50: about(25), p95: about(38.5), p99: about(39.7) },
       usage: { input_tokens: 50, output_tokens: 10 },
       series: [
-        step(0, { execution_count: 2, success_count: 2, duration_ms: { p50: 200, p95: 290 } }),
-        step(1, { execution_count: 2, error_count: 2, duration_ms: { p50: 300, p95: 390 } }),
+        step(0, { execution_count: 2, success_count: 2, duration_ms: { p50: about(200), p95: about(290) } }),
+        step(1, { execution_count: 2, error_count: 2, duration_ms: { p50: about(300), p95: about(390) } }),
         step(2, { execution_count: 0 }),
         step(3, { execution_count: 1, cancelled_count: 1 }),
       ],
@@ -133,19 +168,21 @@ describe('statistics', () => {
   it('gives the whole deployment and the last 60 steps when nothing is asked for', async () => {
     const name = await withSamples(SAMPLES);
     await server.database.query(
-      `UPDATE deployment SET execution_count = 8, success_count = 4, error_count = 2, cancelled_count = 2,
+      `WITH folding AS (SELECT set_config('agent_studio.folds_counters', 'on', true))
+       UPDATE deployment SET execution_count = 8, success_count = 4, error_count = 2, cancelled_count = 2,
               last_executed_at = '2026-05-01T00:00:00Z', last_error = 'the last', last_error_at = '2026-04-01T00:00:00Z'
-        WHERE deployment_name = $1`,
+         FROM folding WHERE deployment_name = $1`,
       [name],
     );
+    const added = kept === 'in no roll-up yet' ? { all: 5, errors: 2 } : { all: 0, errors: 0 };
     for (const bucket of ['minute', 'hour', 'day'] as const) {
       const result = await statistics(name, { bucket });
       expect(result).toMatchObject({
-        execution_count: 8,
-        error_rate: 0.25,
+        execution_count: 8 + added.all,
+        error_rate: (2 + added.errors) / (8 + added.all),
         last_executed_at: '2026-05-01T00:00:00.000Z',
         last_error: { message: 'the last', at: '2026-04-01T00:00:00.000Z' },
-        duration_ms: { p50: 250 },
+        duration_ms: { p50: about(250) },
         usage: { input_tokens: 50 },
       });
       expect(result).not.toHaveProperty('from');

@@ -155,7 +155,8 @@ describe('deploying', () => {
     const first = await routes.deployed();
     const { deployment_name, deployment_id } = first;
     await server.database.query(
-      'UPDATE deployment SET execution_count = 3, error_count = 1, success_count = 2 WHERE deployment_id = $1',
+      `WITH folding AS (SELECT set_config('agent_studio.folds_counters', 'on', true))
+       UPDATE deployment SET execution_count = 3, error_count = 1, success_count = 2 FROM folding WHERE deployment_id = $1`,
       [deployment_id],
     );
     await routes.stop(deployment_name).expect(200);

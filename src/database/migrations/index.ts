@@ -5,6 +5,7 @@ import { LogRetention1795411603992 } from './1795411603992-LogRetention.js';
 import { Subscribers1795415875837 } from './1795415875837-Subscribers.js';
 import { Recovery1795611915650 } from './1795611915650-Recovery.js';
 import { Batches1795631175840 } from './1795631175840-Batches.js';
+import { Counters1795821098661 } from './1795821098661-Counters.js';
 import { WorkerLeases1795821330017 } from './1795821330017-WorkerLeases.js';
 
 /** Every migration, oldest first. They only go forward. */
@@ -16,5 +17,6 @@ export const migrations = [
   Subscribers1795415875837,
   Recovery1795611915650,
   Batches1795631175840,
+  Counters1795821098661,
   WorkerLeases1795821330017,
 ];
