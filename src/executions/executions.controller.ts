@@ -115,9 +115,13 @@ export class ExecutionsController {
     private readonly statuses: StatusStreams,
   ) {}
 
-  /** List executions, newest first */
+  /**
+   * List executions, newest first
+   *
+   * @remarks A page may be shorter than asked, or empty, where few executions pass the filter: `next_cursor` says whether there is more.
+   */
   @Get()
-  @ApiProblems('validation_failed')
+  @ApiProblems('validation_failed', 'too_many_requests')
   list(@Query() filter: ListExecutionsDto): Promise<ExecutionPageDto> {
     return this.reader.list(filter);
   }

@@ -14,6 +14,7 @@ import { Claims } from './claims.js';
 import { ExecutionEnds } from './ends.js';
 import { ExecutionStreams } from './execution.stream.js';
 import { ExecuteController, ExecutionsController } from './executions.controller.js';
+import { ExecutionsList } from './executions.list.js';
 import { ExecutionsReader } from './executions.reader.js';
 import { ExecutionsService } from './executions.service.js';
 import { ExecutionsSweep } from './executions.sweep.js';
@@ -42,6 +43,7 @@ import { WorkerLeases } from './worker-leases.js';
     ExecutionStreams,
     ExecutionsAcceptance,
     ExecutionsAdmission,
+    ExecutionsList,
     ExecutionsReader,
     ExecutionsService,
     ExecutionsSweep,

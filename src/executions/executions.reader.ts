@@ -9,6 +9,7 @@ import { DeploymentsService } from '../deployments/deployments.service.js';
 import { AppError } from '../errors.js';
 import { isRequestOf } from './executions.acceptance.js';
 import { ExecutionDto, StepDto } from './executions.dto.js';
+import { ExecutionsList } from './executions.list.js';
 import { Subscribers } from './subscribers.js';
 import type {
   ExecuteDto,
@@ -49,6 +50,7 @@ export class ExecutionsReader {
     @InjectRepository(Step) private readonly allSteps: Repository<Step>,
     private readonly deployments: DeploymentsService,
     private readonly subscribers: Subscribers,
+    private readonly allExecutions: ExecutionsList,
   ) {}
 
   /** Rejects with `execution_not_found`. */
@@ -65,22 +67,12 @@ export class ExecutionsReader {
     return ExecutionDto.from(execution, presence.get(execution.execution_id));
   }
 
-  /** Newest first; ids ascend with time, so the last id of a page is where the next one begins. */
+  /** Newest first. A page may be shorter than asked; `next_cursor` says whether there is more. */
   async list(filter: ListExecutionsDto): Promise<ExecutionPageDto> {
-    const { limit, cursor, from, to, ...equal } = filter;
-    const query = this.executions.createQueryBuilder('execution').where(equal);
-    // As moments: PostgreSQL reads fewer offsets from UTC than RFC 3339 has.
-    if (from) query.andWhere('execution.created_at >= :from', { from: new Date(from) });
-    if (to) query.andWhere('execution.created_at < :to', { to: new Date(to) });
-    if (cursor) query.andWhere('execution.execution_id < :cursor', { cursor });
-    const rows = await query
-      .orderBy('execution.execution_id', 'DESC')
-      .limit(limit + 1)
-      .getMany();
-    const page = rows.slice(0, limit);
-    const presence = await this.subscribers.presence(page.map((row) => row.execution_id));
-    const items = page.map((row) => ExecutionDto.from(row, presence.get(row.execution_id)));
-    return { items, next_cursor: rows.length > limit ? items.at(-1)?.execution_id : undefined };
+    const { rows, next } = await this.allExecutions.page(filter);
+    const presence = await this.subscribers.presence(rows.map((row) => row.execution_id));
+    const items = rows.map((row) => ExecutionDto.from(row, presence.get(row.execution_id)));
+    return { items, next_cursor: next };
   }
 
   async steps(executionId: string): Promise<StepListDto> {
