@@ -4,9 +4,10 @@ import type { StackProcess } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import { whileLocked } from '../support/database.js';
 import type { ClientRun } from '../support/chaos-clients.js';
+import { rounds } from '../support/effort.js';
 
 /** With Redis fewer, since only the queue differs. */
-const ROUNDS = QUEUE === 'postgres' ? 10 : 5;
+const ROUNDS = rounds(QUEUE === 'postgres' ? 8 : 4, 4);
 const RUNS_A_ROUND = 5;
 const PIECES = 4;
 /** A whole test; only ends one that hangs. */

@@ -4,9 +4,11 @@ import { BatchRoutes, byItem, faultsOfMerged, linesOf } from '../support/batches
 import { answerOf } from '../support/call-ledger.js';
 import { Chaos, PATIENCE_MS, describeChaos } from '../support/chaos.js';
 import type { StackProcess } from '../support/chaos.js';
+import { expectByChance } from '../support/inconclusive.js';
 import { Random, SEED } from '../support/random.js';
 import { kept, textOf, until } from '../support/studio.js';
 import type { Frame } from '../support/studio.js';
+import { Yardstick } from '../support/yardstick.js';
 
 const PIECES = 10;
 /** A whole test; only ends one that hangs. */
@@ -137,12 +139,12 @@ describeChaos('a batch of 100 items, ten of which fail', () => {
         await Promise.all([worker, api]);
         await reading;
         await expectWhole(batch, all);
-        for (const { connections } of all) expect(connections).toBeGreaterThanOrEqual(4);
+        expectByChance('connections of a client', Math.min(...all.map(({ connections }) => connections)), 4);
         const [{ again } = { again: 0 }] = await chaos.sql<{ again: number }>(
           'SELECT count(*)::int AS again FROM execution WHERE batch_id = $1 AND attempt > 1',
           [all[0]?.batchId],
         );
-        expect(again).toBeGreaterThanOrEqual(1);
+        expectByChance('items that were taken over', again, 1);
       }, HANG_MS);
     },
     HANG_MS + 10_000,
@@ -167,7 +169,7 @@ describeChaos('a batch that is under way', () => {
         held.forEach((query) => chaos.ledger.letGo(query));
         await reading;
         await expectWhole(batch, all);
-        for (const { connections } of all) expect(connections).toBeGreaterThanOrEqual(2);
+        expectByChance('connections of a client', Math.min(...all.map(({ connections }) => connections)), 2);
       }, HANG_MS);
     },
     HANG_MS + 10_000,
@@ -217,7 +219,7 @@ describeChaos('a batch at two api processes', () => {
         expect(faultsOfMerged(first, batch_id)).toEqual([]);
         for (const other of others) expect(linesOf(other)).toEqual(linesOf(first));
         const rows = await chaos.sql('SELECT 1 FROM batch_order WHERE batch_id = $1', [batch_id]);
-        expect(rows.length).toBeGreaterThanOrEqual(10);
+        expectByChance('pieces of the order', rows.length, 10);
       }, HANG_MS);
     },
     HANG_MS + 10_000,
@@ -237,6 +239,7 @@ describeChaos('a batch at two api processes', () => {
           await until(() => calls().length === 8 || undefined);
           const streams = await Promise.all(reading);
           const batchId = streams[0]?.executionId ?? '';
+          const yardstick = await Yardstick.lay(chaos.stack.databaseUrl);
           const answer = await routes(index).cancel(batchId);
           expect([answer.status, answer.body.status]).toEqual([202, 'cancelled']);
           const acknowledged = Date.now();
@@ -245,7 +248,8 @@ describeChaos('a batch at two api processes', () => {
           expect(linesOf(there)).toEqual(linesOf(here));
           expect(here.at(-1)?.chunk.status).toBe('cancelled');
           await Promise.all(calls().map(({ closed }) => closed));
-          for (const { endedAt = Infinity } of calls()) expect(endedAt - acknowledged).toBeLessThan(1000);
+          const lastEnd = Math.max(...calls().map(({ endedAt = Infinity }) => endedAt));
+          await yardstick.expectAtMost(lastEnd - acknowledged, 1000, 'cutting off the models');
           expect(calls()).toHaveLength(8);
         }
       }, HANG_MS);

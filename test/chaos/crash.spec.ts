@@ -5,13 +5,15 @@ import type { StackProcess } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import type { SpeakingAgent } from '../support/chaos-checks.js';
 import type { ChaosClient, ClientRun } from '../support/chaos-clients.js';
+import { rounds } from '../support/effort.js';
+import { expectByChance } from '../support/inconclusive.js';
 import { until } from '../support/studio.js';
 
 /** What a killed or restarted process was in the middle of has ended within this time after the last such moment. */
 const ALL_ENDED_MS = 15_000;
-const RUNS = 100;
+const RUNS = rounds(100, 40);
 /** How many processes are killed; with Redis fewer, since only the queue differs. */
-const KILLS = QUEUE === 'postgres' ? 8 : 5;
+const KILLS = rounds(QUEUE === 'postgres' ? 8 : 5, 4);
 /** How many of them are under way at once. */
 const AT_ONCE = 14;
 /** A whole test; only ends one that hangs. */
@@ -112,7 +114,7 @@ async function expectSoonEnded(runs: ClientRun[], moments: number[]): Promise<vo
   const hit = (await chaos.rows(ids(runs))).filter(({ created_at, finished_at }) =>
     moments.some((moment) => created_at.getTime() <= moment && timeOf(finished_at) > moment),
   );
-  expect(hit.length).toBeGreaterThanOrEqual(1);
+  expectByChance('executions under way when a process was ended', hit.length, 1);
   const latest = Math.max(...moments) + ALL_ENDED_MS;
   const late = hit.filter(({ finished_at }) => timeOf(finished_at) > latest);
   expect(late.map(({ execution_id }) => execution_id)).toEqual([]);
@@ -158,8 +160,8 @@ describeChaos('a hundred executions', () => {
         await expectSoonEnded(runs, [chaos.killedAt]);
         expect(runs.length).toBeGreaterThanOrEqual(RUNS);
         await expectWhole(chaos, runs, { speakers: speakersOf });
-        expect(await takeovers(runs)).toBeGreaterThanOrEqual(5);
-        expect(runs.filter(({ connections }) => connections > 1).length).toBeGreaterThanOrEqual(1);
+        expectByChance('executions that were taken over', await takeovers(runs), rounds(5, 2));
+        expectByChance('clients cut off', runs.filter(({ connections }) => connections > 1).length, 1);
       }, HANG_MS);
     },
     HANG_MS + 10_000,
@@ -184,8 +186,12 @@ describeChaos('a hundred executions', () => {
         await expectSoonEnded(runs, restarts);
         expect(runs.length).toBeGreaterThanOrEqual(RUNS);
         await expectWhole(chaos, runs, { speakers: speakersOf });
-        expect(await takeovers(runs)).toBeGreaterThanOrEqual(3);
-        expect(runs.reduce((sum, { cleanCloses }) => sum + cleanCloses, 0)).toBeGreaterThanOrEqual(1);
+        expectByChance('executions that were taken over', await takeovers(runs), 3);
+        expectByChance(
+          'streams closed',
+          runs.reduce((sum, { cleanCloses }) => sum + cleanCloses, 0),
+          1,
+        );
         // What was handed back in good order has lost no worker.
         const lost = (await chaos.rows(ids(runs))).filter(({ losses }) => losses > 0);
         expect(lost.map(({ execution_id }) => execution_id)).toEqual([]);
@@ -213,7 +219,7 @@ describeChaos('a whole system', () => {
         const calledAgain = chaos.ledger.calls.filter(
           ({ marker, ordinal }) => markers.has(marker) && ordinal > 1,
         );
-        expect(calledAgain.length).toBeGreaterThanOrEqual(5);
+        expectByChance('calls made again', calledAgain.length, 5);
       }, HANG_MS);
     },
     HANG_MS + 10_000,

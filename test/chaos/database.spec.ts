@@ -3,10 +3,13 @@ import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
 import { Chaos, LOCK_MS, PATIENCE_MS } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import type { ClientRun } from '../support/chaos-clients.js';
+import { rounds } from '../support/effort.js';
+import { expectByChance } from '../support/inconclusive.js';
 import { until } from '../support/studio.js';
+import { Yardstick } from '../support/yardstick.js';
 
 /** How long the database comes and goes. */
-const UNREST_MS = 60_000;
+const UNREST_MS = rounds(45_000, 20_000);
 /** A request gets its answer within this time, while the database is away for 2 s at most. */
 const ANSWERED_MS = 5000;
 const AT_ONCE = 8;
@@ -115,6 +118,7 @@ describe('a database that is away for a moment, again and again', () => {
     async () => {
       await chaos.reporting(async () => {
         const first = await chaos.client(deployment).stream();
+        const yardstick = await Yardstick.lay(chaos.stack.databaseUrl);
         let isOver = false;
         const isGoingOn = () => !isOver;
         const load = Promise.all([runWhile(isGoingOn), askWhile(isGoingOn, first.executionId)]);
@@ -131,10 +135,10 @@ describe('a database that is away for a moment, again and again', () => {
         const [runs, answers] = await load;
         await chaos.ended(runs, PATIENCE_MS);
         await expectWhole(chaos, runs, { speakers, crashes });
-        expect(runs.length).toBeGreaterThanOrEqual(50);
+        expectByChance('executions meanwhile', runs.length, rounds(35, 10));
         expect(new Set(answers.statuses)).toEqual(new Set([200, 503]));
         expect(answers.withoutRetryAfter).toBe(0);
-        expect(answers.longestMs).toBeLessThan(ANSWERED_MS);
+        await yardstick.expectAtMost(answers.longestMs, ANSWERED_MS, 'the slowest answer');
         expect(servers().map(({ starts }) => starts)).toEqual([1, 1, 1, 1]);
       }, HANG_MS);
     },

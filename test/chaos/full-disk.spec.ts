@@ -3,6 +3,7 @@ import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
 import { Chaos, PATIENCE_MS } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import type { ClientRun } from '../support/chaos-clients.js';
+import { expectByChance } from '../support/inconclusive.js';
 import { SmallDisk } from '../support/small-disk.js';
 import { until } from '../support/studio.js';
 
@@ -79,7 +80,7 @@ inTmpfs(`a full disk${disk ? '' : ': mounting a file system is not permitted her
       await chaos.ended(runs, PATIENCE_MS);
       await expectWhole(chaos, runs, { speakers, crashes });
       const all = await chaos.sql<{ status: string }>('SELECT DISTINCT status FROM execution');
-      expect(runs.length).toBeGreaterThan(6);
+      expectByChance('executions meanwhile', runs.length, 7);
       expect(all.map(({ status }) => status).filter((status) => status === 'error')).toEqual([]);
       expect([...chaos.stack.apis, ...chaos.stack.workers].map(({ starts }) => starts)).toEqual([1, 1, 1, 1]);
     });

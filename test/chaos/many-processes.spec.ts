@@ -5,11 +5,14 @@ import { answerOf } from '../support/call-ledger.js';
 import { Chaos, PATIENCE_MS } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import { each } from '../support/each.js';
+import { rounds } from '../support/effort.js';
+import { expectByChance } from '../support/inconclusive.js';
 import { NGINX } from '../support/nginx.js';
 import { Studio, faultsOfStream, textOf, until } from '../support/studio.js';
 import type { EventStream, Frame } from '../support/studio.js';
+import { Yardstick } from '../support/yardstick.js';
 
-const STREAMS = 240;
+const STREAMS = rounds(240, 60);
 const AT_ONCE = 8;
 const CHUNKS = 200;
 const SAME = 100;
@@ -83,7 +86,7 @@ withNginx(`through nginx and several processes${NGINX ? '' : ': nginx is not ins
   it('four of five readers leave at some moment, and the fifth has everything', async () => {
     await chaos.reporting(async () => {
       const deployment = await api(0).deploy(one(60, 5));
-      for (let round = 0; round < 5; round++) {
+      for (let round = 0; round < rounds(5, 2); round++) {
         const first = await anywhere().stream({ deployment_name: deployment, query: chaos.marker() });
         const id = first.executionId;
         const faithful = (await api(round % 2).follow(id)).frames();
@@ -154,7 +157,8 @@ withNginx('a cancellation at a process that has nothing to do with the execution
   it('closes the connection of the model within a second, and keeps the text so far', async () => {
     await chaos.reporting(async () => {
       const deployment = await api(0).deploy(one(20, 5));
-      for (let round = 0; round < 10; round++) {
+      for (let round = 0; round < rounds(8, 3); round++) {
+        const yardstick = await Yardstick.lay(chaos.stack.databaseUrl);
         const marker = chaos.marker('cancelled');
         chaos.ledger.hold(marker);
         const stream = await api(0).stream({ deployment_name: deployment, query: marker });
@@ -164,7 +168,7 @@ withNginx('a cancellation at a process that has nothing to do with the execution
         expect(await cancel(stream.executionId, 1)).toBe(202);
         const answeredAt = Date.now();
         expect(await call.closed).toBe(true);
-        expect(Date.now() - answeredAt).toBeLessThanOrEqual(CUT_OFF_MS);
+        await yardstick.expectAtMost(Date.now() - answeredAt, CUT_OFF_MS, 'cutting off the model');
         const frames = await waiting;
         expect(faultsOfStream(frames, stream.executionId)).toEqual([]);
         expect(frames.at(-1)?.chunk.status).toBe('cancelled');
@@ -182,7 +186,7 @@ withNginx('a cancellation at a process that has nothing to do with the execution
         .slice(1)
         .map((id, index) => ({ source_agent_id: ids[index], target_agent_id: id }));
       const deployment = await api(0).deploy({ agents, connections });
-      for (let round = 0; round < 10; round++) {
+      for (let round = 0; round < rounds(8, 3); round++) {
         const marker = chaos.marker('chain');
         const stream = await api(0).stream({ deployment_name: deployment, query: marker });
         const calls = chaos.random.int(1, 11);
@@ -224,7 +228,7 @@ withNginx('a cancellation at a process that has nothing to do with the execution
       const outcomes = { 202: 0, 409: 0 };
       // Later after each run that was slower, earlier after each that was faster, so that both keep happening.
       let delay = 10;
-      for (let round = 0; round < 60; round++) {
+      for (let round = 0; round < rounds(60, 20); round++) {
         const stream = await api(0).stream({ deployment_name: deployment, query: chaos.marker('race') });
         const id = stream.executionId;
         if (delay > 0) await sleep(delay);
@@ -238,8 +242,8 @@ withNginx('a cancellation at a process that has nothing to do with the execution
         expect([faultsOfStream(frames, id), frames.at(-1)?.chunk.status]).toEqual([[], end]);
         expect((await rowOf(id))?.status).toBe(end);
       }
-      expect(outcomes[202]).toBeGreaterThanOrEqual(5);
-      expect(outcomes[409]).toBeGreaterThanOrEqual(5);
+      expectByChance('cancellations that were kept', outcomes[202], rounds(5, 2));
+      expectByChance('cancellations that came too late', outcomes[409], rounds(5, 2));
     });
   }, 120_000);
 });

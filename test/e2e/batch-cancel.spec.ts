@@ -6,8 +6,11 @@ import type { TestApp } from '../support/app.js';
 import { BatchRoutes, byItem, faultsOfMerged, linesOf } from '../support/batches.js';
 import { CallLedger, markerOf } from '../support/call-ledger.js';
 import { saying } from '../support/deployments.js';
+import { rounds } from '../support/effort.js';
+import { expectByChance } from '../support/inconclusive.js';
 import { Studio, isTerminal, textOf, until } from '../support/studio.js';
 import type { Frame } from '../support/studio.js';
+import { Yardstick } from '../support/yardstick.js';
 
 /** How soon the model has lost its connections. */
 const CUT_OFF_MS = 1000;
@@ -61,6 +64,7 @@ describe('cancelling a batch', () => {
         );
         return (callsOf(queries).length === 8 && said.length === 8) || undefined;
       });
+      const yardstick = await Yardstick.lay();
       expect(await at().cancel(batchId)).toMatchObject(CANCELLED);
       const acknowledged = Date.now();
       const frames = await stream.frames();
@@ -71,8 +75,8 @@ describe('cancelling a batch', () => {
       });
       expect(linesOf(await other)).toEqual(linesOf(frames));
       expect(await Promise.all(callsOf(queries).map(({ closed }) => closed))).toEqual(Array(8).fill(true));
-      for (const { endedAt = Infinity } of callsOf(queries))
-        expect(endedAt - acknowledged).toBeLessThan(CUT_OFF_MS);
+      const lastEnd = Math.max(...callsOf(queries).map(({ endedAt = Infinity }) => endedAt));
+      await yardstick.expectAtMost(lastEnd - acknowledged, CUT_OFF_MS, 'cutting off the models');
       const results = await batches.results(batchId);
       expect(results.map(({ status }) => status)).toEqual(Array(20).fill('cancelled'));
       results.forEach(({ item_id, response = '' }, index) => {
@@ -142,7 +146,7 @@ describe('cancelling a batch', () => {
       target_agent_id: agent_id,
     }));
     const deployment = await batches.studio.deploy({ agents, connections });
-    for (let round = 0; round < 6; round++) {
+    for (let round = 0; round < rounds(6, 2); round++) {
       const queries = queriesOf(10);
       const items = itemsOf(queries);
       const { batch_id } = await batches.accept({ deployment_name: deployment, items, concurrency: 4 });
@@ -158,11 +162,12 @@ describe('cancelling a batch', () => {
 
   it('that races its end is either kept or refused, and there is one end', async () => {
     const deployment = await batches.studio.deploy(saying('done'));
+    const NEEDED = rounds(5, 2);
     const outcomes = { 202: 0, 409: 0 };
     // Cancels earlier after each batch that was faster and later after each that was not, so that both keep happening.
     let delay = 15;
-    const enough = () => outcomes[202] >= 5 && outcomes[409] >= 5;
-    for (let round = 0; round < 25 || (round < 150 && !enough()); round++) {
+    const enough = () => outcomes[202] >= NEEDED && outcomes[409] >= NEEDED;
+    for (let round = 0; round < rounds(25, 8) || (round < 150 && !enough()); round++) {
       const items = itemsOf(queriesOf(3));
       const stream = await batches.stream({ deployment_name: deployment, items });
       const reading: Promise<Frame[]> = stream.frames();
@@ -178,6 +183,7 @@ describe('cancelling a batch', () => {
       expect((await elsewhere.get(batchId)).status).toBe(end);
       expect(linesOf(await elsewhere.whole(batchId))).toEqual(linesOf(frames));
     }
-    expect(enough()).toBe(true);
+    expectByChance('cancellations that were kept', outcomes[202], NEEDED);
+    expectByChance('cancellations that came too late', outcomes[409], NEEDED);
   });
 });

@@ -8,12 +8,14 @@ import type { TestApp } from '../support/app.js';
 import { batchPlans, speak, textOfPlan } from '../support/batch-plans.js';
 import type { BatchConnection, BatchPlan, BatchReader, ItemPlan, Place } from '../support/batch-plans.js';
 import { BatchRoutes, byItem, faultsOfMerged, linesOf } from '../support/batches.js';
+import { rounds } from '../support/effort.js';
+import { expectByChance } from '../support/inconclusive.js';
 import { EventStream, Studio, isTerminal, textOf, until, upstreamAgent } from '../support/studio.js';
 import type { Frame } from '../support/studio.js';
 import { Upstream } from '../support/upstream.js';
 
 /** For each role of the second server. */
-const RUNS = 25;
+const RUNS = rounds(25, 6);
 /** Ends what hangs: a run, and the search for a smaller one, so that fast-check gets to say how it can be repeated. */
 const LONGEST_RUN_MS = 20_000;
 const LONGEST_SEARCH_MS = 100_000;
@@ -284,11 +286,11 @@ describe.each(['api', 'all'])('beside a server with the role %s', (role) => {
       markInterruptAsFailure: true,
     });
     // So that it does not pass because nothing happened.
-    expect(tally.completed).toBeGreaterThanOrEqual(6);
-    expect(tally.cancelled).toBeGreaterThanOrEqual(4);
-    expect(tally.reconnects).toBeGreaterThanOrEqual(60);
-    expect(tally.left).toBeGreaterThanOrEqual(3);
-    expect(tally.failedItems).toBeGreaterThanOrEqual(5);
+    expectByChance('completed batches', tally.completed, rounds(6, 1));
+    expectByChance('cancelled batches', tally.cancelled, rounds(4, 1));
+    expectByChance('connections made again', tally.reconnects, rounds(60, 10));
+    expectByChance('readers that left', tally.left, rounds(3, 1));
+    expectByChance('failed items', tally.failedItems, rounds(5, 1));
   }, 130_000);
 
   it('leaves nothing behind', async () => {

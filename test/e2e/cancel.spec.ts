@@ -3,6 +3,8 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
 import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
+import { rounds } from '../support/effort.js';
+import { expectByChance } from '../support/inconclusive.js';
 import { Studio, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
 import type { Frame } from '../support/studio.js';
 import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
@@ -149,7 +151,7 @@ describe.each([
 ])('after the answer to a cancellation %s', (_name, client) => {
   it('no step begins, and the upstream has lost its connections', async () => {
     const deployment = await studio.deploy(chain(60));
-    for (let round = 0; round < 5; round++) {
+    for (let round = 0; round < rounds(5, 2); round++) {
       const query = randomUUID();
       const stream = await client().stream({ deployment_name: deployment, query });
       const id = stream.executionId;
@@ -173,7 +175,7 @@ it('a cancellation that races the end is either kept or refused, never acknowled
   const outcomes = { 202: 0, 409: 0 };
   // Cancels earlier after each run that was faster and later after each that was not, so that both keep happening.
   let delay = 5;
-  for (let round = 0; round < 150; round++) {
+  for (let round = 0; round < rounds(150, 40); round++) {
     const stream = await studio.stream({ deployment_name: deployment, query: 'x' });
     const id = stream.executionId;
     if (delay > 0) await sleep(delay);
@@ -188,6 +190,6 @@ it('a cancellation that races the end is either kept or refused, never acknowled
     const replay = await (await studio.follow(id)).frames();
     expect(replay.map(({ data }) => data)).toEqual(frames.map(({ data }) => data));
   }
-  expect(outcomes[202]).toBeGreaterThan(10);
-  expect(outcomes[409]).toBeGreaterThan(10);
+  expectByChance('cancellations that were kept', outcomes[202], rounds(10, 3));
+  expectByChance('cancellations that came too late', outcomes[409], rounds(10, 3));
 });

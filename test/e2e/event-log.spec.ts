@@ -7,6 +7,7 @@ import type { LogOwner } from '../../src/event-log/event-log.js';
 import { StepStore } from '../../src/executions/step-store.js';
 import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
+import { rounds } from '../support/effort.js';
 
 let server: TestApp;
 let other: TestApp;
@@ -122,7 +123,7 @@ describe('an older attempt', () => {
   });
 
   it('that ends at the same moment as the newer one leaves one end', async () => {
-    for (let round = 0; round < 20; round++) {
+    for (let round = 0; round < rounds(20, 6); round++) {
       const owner = await begin();
       const zombie = log.open(owner);
       zombie.append(content('x'));
@@ -195,7 +196,7 @@ describe('a crash of PostgreSQL that took the last chunks away', () => {
 
 describe('ends that are written in one statement', () => {
   it('of several writers of one attempt leave one end, and harm no neighbour', async () => {
-    for (let round = 0; round < 20; round++) {
+    for (let round = 0; round < rounds(20, 6); round++) {
       const [owner, neighbour] = [await begin(), await begin()];
       const ends = await Promise.allSettled([
         ...Array.from({ length: 5 }, () => log.open(owner).finish({ ...END, status: 'cancelled' })),
@@ -213,7 +214,7 @@ describe('ends that are written in one statement', () => {
   });
 
   it('of an older attempt and of the newer one leave that of the newer one', async () => {
-    for (let round = 0; round < 20; round++) {
+    for (let round = 0; round < rounds(20, 6); round++) {
       const owner = await begin();
       const newer = await takeOver(owner);
       const ends = await Promise.allSettled([
@@ -327,6 +328,6 @@ it('whatever the writer does and wherever readers are cut, the parts join to the
         for (const seen of await Promise.all(readers)) expect(seen).toEqual(upTo(total));
       },
     ),
-    { numRuns: 25, verbose: 1 },
+    { numRuns: rounds(25, 8), verbose: 1 },
   );
 });

@@ -1,10 +1,9 @@
 import { request as httpRequest } from 'node:http';
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
-import { createTestDatabase } from '../support/database.js';
-import { ServerProcess } from '../support/studio-process.js';
-import { Studio, echo } from '../support/studio.js';
+import { beforeAll, describe, expect, it } from '@jest/globals';
+import { graphOf, nested, pairs } from '../support/hostile-bodies.js';
+import type { Pair } from '../support/hostile-bodies.js';
+import { echo } from '../support/studio.js';
+import { withStudio } from '../support/with-studio.js';
 
 interface Problem {
   code: string;
@@ -13,54 +12,21 @@ interface Problem {
   errors?: { pointer: string; detail: string }[];
 }
 
-/** A server that answers nothing for so long stands still; ordinary answers take a thousandth of it. */
-const STALL_MS = 5000;
-const SLOW_TEMPLATE = '{% for i in (1..9999999) %}{% for j in (1..9999999) %}{% endfor %}{% endfor %}';
-
-let server: TestApp;
-let studio: Studio;
+const server = withStudio();
+const { studio } = server;
 let deployment: string;
 
 beforeAll(async () => {
-  server = await startTestApp();
-  studio = new Studio(server.url);
   deployment = await studio.deploy(echo());
 });
-afterAll(() => server.close());
 
 const post = <Body = Problem>(path: string, body: unknown, headers?: Record<string, string>) =>
   studio.json<Body>(path, { method: 'POST', body, headers });
 const workflow = (name: string, metadata: unknown) => ({ name, configuration: { ...echo(), metadata } });
 
-type Pair = [source: number, target: number];
-
-/** All pairs of agents of a graph that fit. */
-const pairs = (agents: number, fits: (source: number, target: number) => boolean): Pair[] =>
-  Array.from({ length: agents ** 2 }, (_, index): Pair => [
-    Math.floor(index / agents),
-    index % agents,
-  ]).filter(([source, target]) => fits(source, target));
-
-const graphOf = (agents: number, connections: Pair[]) => ({
-  name: 'graph',
-  configuration: {
-    agents: Array.from({ length: agents }, (_, index) => ({
-      agent_id: `a${index}`,
-      agent_type: 'template',
-      config: { template: 'x' },
-    })),
-    connections: connections.map(([source, target]) => ({
-      source_agent_id: `a${source}`,
-      target_agent_id: `a${target}`,
-    })),
-  },
-});
-
 /** Many members, none of which is known: what checks them compares each with each. */
 const crowded = (members: number) =>
   Object.fromEntries(Array.from({ length: members }, (_, index) => [`k${index}`, 1]));
-
-const nested = (depth: number) => '{"a":'.repeat(depth) + '1' + '}'.repeat(depth);
 
 describe('a request that wants to break the server gets a 4xx that names the fault', () => {
   it.each(['__proto__', 'constructor', 'prototype'])('with the key %s at any depth', async (key) => {
@@ -282,62 +248,4 @@ it('an unknown deployment and an inactive one are told apart before the stream s
   const inactive = await post('/api/workflows/execute/stream', { deployment_name: stopped, query: 'x' });
   expect(inactive).toMatchObject({ status: 404, body: { code: 'deployment_not_found' } });
   expect(inactive.body.detail).not.toBe(unknown.body.detail.replace('nobody', stopped));
-});
-
-it('nothing that is sent holds up the server for the others', async () => {
-  const database = await createTestDatabase();
-  // A process of its own: a test can't see its own process stand still.
-  const outside = await ServerProcess.start({ DATABASE_URL: database.url });
-  const client = new Studio(outside.url);
-  const send = (body: unknown, path = '/api/workflows') => client.json(path, { method: 'POST', body });
-  try {
-    const slow = await client.deploy({
-      agents: [{ agent_id: 'a', agent_type: 'template', config: { template: SLOW_TEMPLATE } }],
-    });
-    const deciding = await client.deploy({
-      ...graphOf(2, []).configuration,
-      connections: [
-        {
-          source_agent_id: 'a0',
-          target_agent_id: 'a1',
-          connection_type: 'conditional',
-          conditions: { expression: 'query.matches("^(a+)+$")' },
-        },
-      ],
-    });
-    const runs = [slow, deciding].map((deployment_name) => ({
-      deployment_name,
-      query: `${'a'.repeat(40)}!`,
-    }));
-    let answered = false;
-    const hostile = Promise.all([
-      ...runs.map((body) => send(body, '/api/workflows/execute')),
-      send(
-        graphOf(
-          45,
-          pairs(45, (source, target) => source < target),
-        ),
-      ),
-      send(
-        graphOf(
-          31,
-          pairs(31, (source, target) => source !== target),
-        ),
-      ),
-      send(`{"name": "deep", "configuration": ${nested(150_000)}}`),
-      send(`{"name": "wide", "configuration": {"agents": [${'[],'.repeat(300_000)}1]}}`),
-      send(`{"name": "wide", "configuration": {"agents": [${'{"__proto__":1},'.repeat(60_000)}1]}}`),
-      send({ name: 'faults', configuration: { agents: Array(100).fill({ agent_id: '' }), connections: [] } }),
-    ]).finally(() => (answered = true));
-    for (let probes = 0; !answered || probes < 3; probes++) {
-      const answer = await fetch(`${outside.url}/health/live`, { signal: AbortSignal.timeout(STALL_MS) });
-      expect(answer.status).toBe(200);
-    }
-    const statuses = (await hostile).map(({ status }) => status);
-    // What an agent may not do is an error of its run; the big graph without a cycle is a good one.
-    expect(statuses).toEqual([502, 502, 201, 422, 400, 400, 400, 422]);
-  } finally {
-    await outside.stop('SIGKILL');
-    await database.drop();
-  }
 });

@@ -2,10 +2,12 @@ import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from
 import type { Chunk } from '../../src/event-log/chunk.js';
 import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
+import { rounds } from '../support/effort.js';
 import { Studio, echo, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
 import type { EventStream, Frame } from '../support/studio.js';
 import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 import type { UpstreamAnswer } from '../support/upstream.js';
+import { Yardstick } from '../support/yardstick.js';
 
 /** How the upstream behaves, by the model that it is asked for. */
 const behaviours: Record<string, UpstreamAnswer> = {
@@ -102,8 +104,16 @@ async function endOf(stream: EventStream): Promise<{ id: string; frames: Frame[]
 const last = (frames: Frame[]) => frames.at(-1)?.chunk;
 
 /** How long an execution took, in ms. */
-const durationOf = async (id: string) =>
-  (await studio.json<{ duration_ms: number }>(`/api/executions/${id}`)).body.duration_ms;
+let yardstick: Yardstick;
+beforeEach(async () => {
+  yardstick = await Yardstick.lay();
+});
+
+/** Expects of an execution that it ended soon after it had waited for so many ms. */
+async function expectDuration(id: string, waitedMs: number): Promise<void> {
+  const { body } = await studio.json<{ duration_ms: number }>(`/api/executions/${id}`);
+  await yardstick.expectAtMost(body.duration_ms - waitedMs, DELAY_MS, 'the execution');
+}
 
 describe('a terminal chunk comes exactly once and last', () => {
   const cases: [string, string, { text: string; code: string }][] = [
@@ -133,7 +143,7 @@ describe('a terminal chunk comes exactly once and last', () => {
     expect(JSON.stringify(frames)).not.toMatch(/secret|at .*\.[jt]s:/);
     const { body } = await studio.json(`/api/executions/${id}`);
     expect(body).toMatchObject({ status: 'error', response: expected.text, error: { code: expected.code } });
-    expect(await durationOf(id)).toBeLessThan(SILENCE_MS + DELAY_MS);
+    await expectDuration(id, SILENCE_MS);
   });
 
   it.each(['never-ends', 'never-ends-at-full-speed'])(
@@ -143,7 +153,7 @@ describe('a terminal chunk comes exactly once and last', () => {
       const { id, frames } = await run(deployment);
       expect(last(frames)).toMatchObject({ status: 'error', code: 'timeout' });
       expect(textOf(frames)).toMatch(/^(more )+$/);
-      expect(await durationOf(id)).toBeLessThan(500 + DELAY_MS);
+      await expectDuration(id, 500);
       expect(await upstream.requests.at(-1)?.closed).toBe(true);
     },
   );
@@ -164,10 +174,10 @@ describe('a terminal chunk comes exactly once and last', () => {
 
     const limited = await run(await studio.deploy(busy('busy-for-30-s'), { timeout: 0.5 }));
     expect(last(limited.frames)).toMatchObject({ status: 'error', code: 'timeout' });
-    expect(await durationOf(limited.id)).toBeLessThan(500 + DELAY_MS);
+    await expectDuration(limited.id, 500);
     const endless = await run(await studio.deploy(busy('busy-for-an-hour')));
     expect(last(endless.frames)).toMatchObject({ status: 'error', code: 'model_error' });
-    expect(await durationOf(endless.id)).toBeLessThan(DELAY_MS);
+    await expectDuration(endless.id, 0);
   });
 
   it('when the limit is over at once', async () => {
@@ -205,7 +215,7 @@ describe('a terminal chunk comes exactly once and last', () => {
     const { id, frames: both } = await run(sideBySide);
     expect(textOf(both, 'other')).toBe('word');
     expect(last(both)).toMatchObject({ status: 'error', code: 'timeout' });
-    expect(await durationOf(id)).toBeLessThan(SILENCE_MS + DELAY_MS);
+    await expectDuration(id, SILENCE_MS);
     expect(await Promise.all(upstream.requests.slice(-2).map(({ closed }) => closed))).toEqual([true, true]);
   });
 
@@ -289,7 +299,7 @@ describe('a terminal chunk comes before the first step', () => {
     const clients = [client, new Studio(second.url)];
     try {
       const deployment = await client.deploy(nothing);
-      for (let round = 0; round < 20; round++) {
+      for (let round = 0; round < rounds(20, 6); round++) {
         const stream = await client.stream({ deployment_name: deployment, query: 'x' });
         const id = stream.executionId;
         const elsewhere = await Promise.all(clients.map((at) => at.follow(id)));

@@ -4,14 +4,16 @@ import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
 import fc from 'fast-check';
 import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
+import { rounds } from '../support/effort.js';
 import { Answer, plans } from '../support/execution-plans.js';
 import type { Connection, Plan } from '../support/execution-plans.js';
+import { expectByChance } from '../support/inconclusive.js';
 import { EventStream, Studio, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
 import type { Frame } from '../support/studio.js';
 import { Upstream } from '../support/upstream.js';
 
 /** For each role of the second server. */
-const RUNS = 50;
+const RUNS = rounds(50, 12);
 /** Ends what hangs: a run, and the search for a smaller one, so that fast-check gets to say how it can be repeated. */
 const LONGEST_RUN_MS = 20_000;
 const LONGEST_SEARCH_MS = 150_000;
@@ -305,10 +307,10 @@ describe.each(['api', 'all'])('beside a server with the role %s', (role) => {
       markInterruptAsFailure: true,
     });
     // So that it does not pass because nothing happened.
-    expect(tally.completed).toBeGreaterThanOrEqual(15);
-    expect(tally.cancelled).toBeGreaterThanOrEqual(15);
-    expect(tally.reconnects).toBeGreaterThanOrEqual(200);
-    expect(tally.left).toBeGreaterThanOrEqual(10);
+    expectByChance('completed executions', tally.completed, rounds(15, 2));
+    expectByChance('cancelled executions', tally.cancelled, rounds(15, 2));
+    expectByChance('connections made again', tally.reconnects, rounds(200, 40));
+    expectByChance('readers that left', tally.left, rounds(10, 1));
   }, 200_000);
 
   it('leaves nothing behind', async () => {

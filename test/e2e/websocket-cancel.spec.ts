@@ -2,6 +2,7 @@ import { randomUUID } from 'node:crypto';
 import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
 import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
+import { rounds } from '../support/effort.js';
 import { Studio, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
 import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 import { WsClient } from '../support/ws-client.js';
@@ -88,7 +89,7 @@ describe('cancel', () => {
 
   it('lets no step begin after its answer', async () => {
     const client = await WsClient.open(api.url);
-    for (let round = 0; round < 5; round++) {
+    for (let round = 0; round < rounds(5, 2); round++) {
       const query = randomUUID();
       const { id, executionId } = await client.execute({ deployment_name: chain, query });
       await until(() => requestsOf(query).length > round);

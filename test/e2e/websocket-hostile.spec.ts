@@ -5,6 +5,7 @@ import type { Socket } from 'node:net';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from '@jest/globals';
 import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
+import { rounds } from '../support/effort.js';
 import { Studio, echo, until } from '../support/studio.js';
 import { WsClient } from '../support/ws-client.js';
 
@@ -273,7 +274,7 @@ it('a client that asks on and on and reads nothing is not read any more', async 
 
 it('a deep, a huge and a hostile text leave the answers to others alone', async () => {
   const [hostile, other] = [await WsClient.open(app.url), await WsClient.open(app.url)];
-  for (let round = 0; round < 20; round++) {
+  for (let round = 0; round < rounds(20, 5); round++) {
     hostile.sendText(`{"event":"execute","data":${'['.repeat(500_000)}${']'.repeat(500_000)}}`);
     const { id, executionId } = await other.execute({ deployment_name: deployment, query: 'x' });
     expect((await other.whole(id)).at(-1)?.chunk).toMatchObject({

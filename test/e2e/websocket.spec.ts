@@ -2,6 +2,7 @@ import { randomUUID } from 'node:crypto';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from '@jest/globals';
 import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
+import { rounds } from '../support/effort.js';
 import {
   EventStream,
   Studio,
@@ -195,7 +196,7 @@ describe('subscribe', () => {
     const runner = await open();
     const { executionId } = await begin(runner);
     const target = { execution_id: executionId };
-    for (let round = 0; round < 20; round++) {
+    for (let round = 0; round < rounds(20, 5); round++) {
       const ids = ['subscribe', 'unsubscribe', 'subscribe', 'unsubscribe'].map((event) =>
         client.send(event, target),
       );

@@ -7,6 +7,8 @@ import { runGraph } from '../../src/engine/runner.js';
 import { ModelRegistry } from '../../src/models/model-registry.js';
 import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
+import { rounds } from '../support/effort.js';
+import { expectByChance } from '../support/inconclusive.js';
 
 const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}$/;
 const UNKNOWN_ID = '01900000-0000-7000-8000-00000000ffff';
@@ -279,7 +281,7 @@ describe('deleting a workflow', () => {
 
   it('never leaves an active deployment without its workflow when both happen at once', async () => {
     const ends = { deleted: 0, deployed: 0 };
-    for (let round = 0; round < 40; round++) {
+    for (let round = 0; round < rounds(40, 15); round++) {
       const { workflow_id } = await create();
       const calls = [
         () => deploy(workflow_id, { deployment_name: `race-${round}` }),
@@ -299,8 +301,8 @@ describe('deleting a workflow', () => {
       `SELECT 1 FROM deployment LEFT JOIN workflow USING (workflow_id) WHERE status = 'active' AND workflow.name IS NULL`,
     );
     expect(orphans).toEqual([]);
-    expect(ends.deleted).toBeGreaterThan(0);
-    expect(ends.deployed).toBeGreaterThan(0);
+    expectByChance('workflows deleted before the deployment', ends.deleted, 1);
+    expectByChance('workflows deployed before the deletion', ends.deployed, 1);
   });
 });
 

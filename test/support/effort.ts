@@ -1,7 +1,7 @@
 const effort = process.env.EFFORT ?? 'quick';
 if (effort !== 'quick' && effort !== 'full') throw new Error(`EFFORT=${effort} is neither quick nor full.`);
 
-/** Whether tests do all that they can: `npm run test:all` and `npm run test:chaos` set `EFFORT=full`, anything else is quick. */
+/** Whether tests do all that they can: `npm run test:all` sets `EFFORT=full`, and without it they are quick. */
 export const IS_FULL = effort === 'full';
 
 /** How often, how many, how large or how long: the full figure where {@link IS_FULL}, the quick one otherwise. */

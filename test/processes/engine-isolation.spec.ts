@@ -16,7 +16,7 @@ import {
   Recorder,
   ScriptedModels,
   template,
-} from './engine-support.js';
+} from '../unit/engine-support.js';
 
 /** Longest time in which the event loop may serve nobody else, ms. */
 const MOST_SILENCE_MS = 250;
