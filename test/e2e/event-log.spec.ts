@@ -57,7 +57,7 @@ async function takeOver(owner: LogOwner): Promise<LogOwner> {
 
 async function readAll(from: EventLog, executionId: string, after = 0): Promise<Chunk[]> {
   const chunks: Chunk[] = [];
-  const signal = AbortSignal.timeout(20_000);
+  const signal = AbortSignal.timeout(60_000);
   for await (const batch of from.read(executionId, after, { signal })) {
     chunks.push(...batch.chunks.map((line) => JSON.parse(line) as Chunk));
   }
@@ -66,7 +66,7 @@ async function readAll(from: EventLog, executionId: string, after = 0): Promise<
 
 async function readSome(from: EventLog, executionId: string, count: number): Promise<Chunk[]> {
   const chunks: Chunk[] = [];
-  for await (const batch of from.read(executionId, 0, { signal: AbortSignal.timeout(20_000) })) {
+  for await (const batch of from.read(executionId, 0, { signal: AbortSignal.timeout(60_000) })) {
     chunks.push(...batch.chunks.map((line) => JSON.parse(line) as Chunk));
     if (chunks.length >= count) break;
   }
@@ -243,7 +243,7 @@ it('a reader in another process gets every chunk once and in order', async () =>
 it('a reader that does not read holds nobody up and misses nothing', async () => {
   const owner = await begin();
   const writer = log.open(owner);
-  const slow = log.read(owner.execution_id, 0, { signal: AbortSignal.timeout(20_000) });
+  const slow = log.read(owner.execution_id, 0, { signal: AbortSignal.timeout(60_000) });
   writer.append(content('first'));
   const head = await slow.next();
   const text = 'x'.repeat(1000);
@@ -313,7 +313,7 @@ it('whatever the writer does and wherever readers are cut, the parts join to the
             if (ended) break;
             const goal = seen.length + cut;
             for await (const batch of from.read(owner.execution_id, seen.length, {
-              signal: AbortSignal.timeout(20_000),
+              signal: AbortSignal.timeout(60_000),
             })) {
               const parsed = batch.chunks.map((line) => (JSON.parse(line) as Chunk).sequence);
               seen.push(...parsed.slice(0, goal - seen.length));

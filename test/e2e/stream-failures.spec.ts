@@ -8,7 +8,7 @@ import type { Frame } from '../support/studio.js';
 import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 
 /** Only ends a test that hangs. */
-const HANG_MS = 30_000;
+const HANG_MS = 90_000;
 
 /** An answer of the upstream that a test lets out piece by piece. */
 class HeldUpstream {

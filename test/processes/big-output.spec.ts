@@ -6,7 +6,7 @@ import { chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 import { withProcesses } from '../support/with-processes.js';
 
 /** Only ends a test that hangs. */
-const HANG_MS = 30_000;
+const HANG_MS = 90_000;
 
 const WORDS = Array.from({ length: 10_000 }, (_, index) => `w${index} `);
 /** What the upstream answers with, by the query that it is asked. */

