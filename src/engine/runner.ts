@@ -80,6 +80,7 @@ interface StepState {
   result?: StepResult;
 }
 
+const MOST_TOKENS = 2_147_483_647;
 const NO_USAGE: ModelUsage = { input_tokens: 0, output_tokens: 0 };
 
 class Run {
@@ -353,8 +354,8 @@ class Run {
     const states = [...this.states.values()];
     const usage = { ...NO_USAGE };
     for (const { result } of states) {
-      usage.input_tokens += result?.usage.input_tokens ?? 0;
-      usage.output_tokens += result?.usage.output_tokens ?? 0;
+      usage.input_tokens = addTokens(usage.input_tokens, result?.usage.input_tokens);
+      usage.output_tokens = addTokens(usage.output_tokens, result?.usage.output_tokens);
     }
     if (this.failure !== undefined) {
       return { status: 'error', response: this.response(states), error: this.failure, usage };
@@ -391,4 +392,9 @@ function toStepError(error: unknown, agent_id: string): StepError {
     code: 'agent_error',
     message: `The agent "${agent_id}" failed in a way that it did not expect; the server's log has the details.`,
   };
+}
+
+/** A sum that an integer column can keep, whatever an upstream has counted. */
+function addTokens(sum: number, tokens = 0): number {
+  return Math.min(sum + tokens, MOST_TOKENS);
 }

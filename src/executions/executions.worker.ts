@@ -1,3 +1,4 @@
+import { setTimeout as sleep } from 'node:timers/promises';
 import { Inject, Injectable, Logger } from '@nestjs/common';
 import type { OnApplicationBootstrap, OnModuleDestroy } from '@nestjs/common';
 import { Pool } from 'pg';
@@ -6,13 +7,14 @@ import type { ServerConfig } from '../config.js';
 import type { Execution } from '../database/entities/execution.entity.js';
 import type { Step } from '../database/entities/step.entity.js';
 import { SlowPool } from '../database/slow-pool.js';
+import { ClosedError, isUnavailable } from '../database/unavailable.js';
 import { DeploymentsService } from '../deployments/deployments.service.js';
 import type { CompiledRevision } from '../deployments/deployments.service.js';
 import { Evaluator } from '../engine/evaluation.js';
-import { AppError } from '../errors.js';
+import { AppError, toAppError } from '../errors.js';
 import { EventLog, FencedError } from '../event-log/event-log.js';
 import { ModelRegistry } from '../models/model-registry.js';
-import { ExecutionQueue, LockLostError } from '../queue/execution-queue.js';
+import { ExecutionQueue, LockLostError, PutOffError } from '../queue/execution-queue.js';
 import { Claims } from './claims.js';
 import type { ClaimedExecution } from './claims.js';
 import { ExecutionEnds } from './ends.js';
@@ -37,6 +39,10 @@ const SPEAKERS = `
      WHERE EXISTS (SELECT 1 FROM execution_chunk WHERE execution_id = $1
                       AND strpos(chunks, '"agent_id":"' || agent.agent_id || '"') > 0)`;
 const STEPS = { name: 'execution-steps', text: 'SELECT * FROM step WHERE execution_id = $1' };
+
+/** How often the end of an execution that met a defect is written, and ms between two tries. */
+const END_TRIES = 3;
+const END_PAUSE_MS = 200;
 
 /** Takes executions out of the queue and runs them. */
 @Injectable()
@@ -90,6 +96,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
     try {
       await this.runClaimed(execution, lease.signal);
     } catch (error) {
+      if (isDefect(error) && (await this.endDefective(execution, error))) return;
       throw await this.giveUp(execution, error);
     } finally {
       lease.release();
@@ -135,6 +142,22 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
 
   private async endWith(execution: Execution, { code, message }: AppError): Promise<void> {
     await this.ends.end(execution, { status: 'error', code, error: message });
+  }
+
+  /** Ends an execution that would meet the same defect again. @returns whether it has ended */
+  private async endDefective(execution: Execution, defect: unknown): Promise<boolean> {
+    this.logger.error({ execution_id: execution.execution_id, err: defect });
+    try {
+      // What this attempt was writing may come in between, and then the end does not follow it.
+      for (let tries = 0; tries < END_TRIES; tries++) {
+        const { code, message } = toAppError(defect);
+        if (await this.ends.end(execution, { status: 'error', code, error: message })) return true;
+        await sleep(END_PAUSE_MS);
+      }
+    } catch (error) {
+      this.logger.error(error);
+    }
+    return false;
   }
 
   /**
@@ -194,4 +217,12 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
     const { rows } = await this.slowPool.query<{ agent_id: string }>(statement);
     return rows.map(({ agent_id }) => agent_id);
   }
+}
+
+/** Whether an attempt failed for a reason that the next one would meet as well. */
+function isDefect(error: unknown): boolean {
+  const isPassing = [FencedError, LockLostError, PutOffError, ClosedError].some(
+    (kind) => error instanceof kind,
+  );
+  return !isPassing && !isUnavailable(error);
 }

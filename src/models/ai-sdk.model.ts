@@ -131,7 +131,7 @@ function toPromptMessage({ role, content }: ModelMessage): LanguageModelV3Messag
 
 /** What an upstream calls a number of tokens, as one that an integer column can keep. */
 function toCount(tokens = 0): number {
-  return Math.min(Math.max(0, Math.round(tokens)), 2_147_483_647);
+  return Number.isNaN(tokens) ? 0 : Math.min(Math.max(0, Math.round(tokens)), 2_147_483_647);
 }
 
 function toUsage(usage: LanguageModelV3Usage): ModelUsage {
