@@ -90,7 +90,7 @@ export const STATISTICS = `
     FROM counts
     LEFT JOIN percentiles AS durations
       ON durations.kind = 'duration' AND durations.is_total = counts.is_total
-     AND durations.step IS NOT DISTINCT FROM counts.step
+     AND coalesce(durations.step, '-infinity') = coalesce(counts.step, '-infinity')
     LEFT JOIN percentiles AS first_chunks
       ON first_chunks.kind = 'first_chunk' AND first_chunks.is_total AND counts.is_total`;
 
