@@ -97,8 +97,12 @@ export class RequestPipe extends ValidationPipe {
       const elements: unknown[] = (below[key] = []);
       for (const [index, element] of list.entries()) {
         if (examination.faults.length >= ENOUGH_FAULTS) return below;
-        if (!isRecord(element)) continue; // a fault of the list, which was found there
-        const part = { value: element, type: elementType, pointer: pointerOf(pointer, key, index) };
+        const at = pointerOf(pointer, key, index);
+        if (!isRecord(element)) {
+          examination.faults.push({ pointer: at, detail: 'must be an object' });
+          continue;
+        }
+        const part = { value: element, type: elementType, pointer: at };
         elements.push(await this.examine(part, examination));
         await giveTurn(examination);
       }

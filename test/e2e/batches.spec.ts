@@ -189,7 +189,7 @@ describe('an unknown batch', () => {
 const refused: [string, unknown, string[]][] = [
   ['no items', [], ['/items']],
   ['more than a thousand items', numbered(1001), ['/items']],
-  ['items that are no list', {}, ['/items', '/items/query']],
+  ['items that are no list', {}, ['/items']],
   ['a text for the items', 'items', ['/items']],
   ['null for the items', null, ['/items']],
   ['nothing for the items', undefined, ['/items']],
@@ -198,8 +198,8 @@ const refused: [string, unknown, string[]][] = [
     [{ query: 'a' }, 'x', 1, null, true],
     ['/items', '/items/1', '/items/2', '/items/3', '/items/4'],
   ],
-  ['a list as an item', [{ query: 'a' }, [{ query: 'x' }]], ['/items']],
-  ['an empty list as an item', [{ query: 'a' }, []], ['/items']],
+  ['a list as an item', [{ query: 'a' }, [{ query: 'x' }]], ['/items', '/items/1']],
+  ['an empty list as an item', [{ query: 'a' }, []], ['/items', '/items/1']],
   ['an item without a query', [{ query: 'a' }, { item_id: 'x' }], ['/items/1/query']],
   [
     'several bad items at once',

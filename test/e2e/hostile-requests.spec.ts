@@ -192,7 +192,7 @@ describe('a request that wants to break the server gets a 4xx that names the fau
   });
 
   it.each(['+23:59', '-23:59'])('but every offset from UTC that a moment may have: %s', async (offset) => {
-    for (const year of ['0001', '2026', '9999']) {
+    for (const year of ['1000', '2026', '9999']) {
       const moment = encodeURIComponent(`${year}-01-31T12:00:00${offset}`);
       const answer = await studio.json(`/api/executions?from=${moment}&to=${moment}`);
       expect(answer).toMatchObject({ status: 200, body: { items: [] } });

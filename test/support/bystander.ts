@@ -13,6 +13,8 @@ const NOISY = 5;
 const CALM_EXECUTIONS = 20;
 /** An execution that takes so long is given up, ms. */
 const GIVE_UP_MS = 60_000;
+/** How often an attack may be repeated: what else the machine does can only lengthen what is measured, so the best of some tells most. */
+const MOST_TRIES = 3;
 
 /** What another client met during some time. */
 export interface Witnessed {
@@ -35,7 +37,7 @@ export interface Witness<Outcome> {
 
 /**
  * Lets another client execute one thing after the other at `server`: first alone, then while `attack` is under way, and
- * until one more has ended after it. Take {@link expectUnharmed} to judge what it met:
+ * until one more has ended after it. An attack that seems to have harmed it is repeated, and the last one counts. Take {@link expectUnharmed} to judge what it met:
  *
  *     const server = await ServerProcess.start({ DATABASE_URL: database.url });
  *     const witness = await withBystander(server, () => studio.execute(hostile));
@@ -50,6 +52,17 @@ export async function withBystander<Outcome>(
   const deployment_name = await studio.deploy(echo());
   const run = () => execute(studio, deployment_name);
   await run();
+  for (let tries = 1; ; tries++) {
+    const found = await witnessBoth(server, run, attack);
+    if (tries === MOST_TRIES || found.attacked.faults.length > 0 || harmsOf(found).length === 0) return found;
+  }
+}
+
+async function witnessBoth<Outcome>(
+  server: ServerProcess,
+  run: () => Promise<string | undefined>,
+  attack: () => Promise<Outcome>,
+): Promise<Witness<Outcome>> {
   const { witnessed: calm } = await witness(server, run, async (another) => {
     for (let executions = 0; executions < CALM_EXECUTIONS; executions++) await another();
   });
@@ -63,17 +76,24 @@ export async function withBystander<Outcome>(
 }
 
 /** Fails if the bystander was harmed; inconclusive where the machine was too busy to tell. */
-export function expectUnharmed({ calm, attacked }: Witness<unknown>): void {
-  expect(attacked.faults).toEqual([]);
-  expect(attacked.executions).toBeGreaterThan(0);
-  for (const kind of ['slowest', 'silence'] as const) {
+export function expectUnharmed(found: Witness<unknown>): void {
+  expect(found.attacked.faults).toEqual([]);
+  expect(found.attacked.executions).toBeGreaterThan(0);
+  for (const { what, isNoisy } of harmsOf(found)) {
+    if (!isNoisy) throw new Error(`The bystander was harmed. ${what}.`);
+    inconclusive(what);
+  }
+}
+
+/** What of that which is promised a bystander did not get, and whether a calm one was so slow that it proves nothing. */
+function harmsOf({ calm, attacked }: Witness<unknown>): { what: string; isNoisy: boolean }[] {
+  return (['slowest', 'silence'] as const).flatMap((kind) => {
     const slower = Math.max(1, calm[kind] / CALM[kind]);
     const limit = PROMISED[kind] * slower;
-    if (attacked[kind] <= limit) continue;
-    const found = `${kind}: ${Math.round(attacked[kind])} ms during the attack, ${Math.round(calm[kind])} ms before; at most ${Math.round(limit)} ms is promised`;
-    if (slower <= NOISY) throw new Error(`The bystander was harmed. ${found}.`);
-    inconclusive(found);
-  }
+    if (attacked[kind] <= limit) return [];
+    const what = `${kind}: ${Math.round(attacked[kind])} ms during the attack, ${Math.round(calm[kind])} ms before; at most ${Math.round(limit)} ms is promised`;
+    return [{ what, isNoisy: slower > NOISY }];
+  });
 }
 
 /** Executes one after the other while `work` is done, which may wait for `another` execution to end. */
