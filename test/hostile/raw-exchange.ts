@@ -34,7 +34,7 @@ export function exchange(
     });
     socket.on('data', (piece: Buffer) => {
       received = Buffer.concat([received, piece]);
-      if (/^content-type: text\/event-stream/im.test(headOf(received))) finish('streaming');
+      if (parse(received).contentType.startsWith('text/event-stream')) finish('streaming');
     });
     socket.on('error', () => undefined); // the end comes right after
     socket.on('end', () => finish('closed'));
