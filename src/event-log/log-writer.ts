@@ -92,6 +92,9 @@ export class ExecutionLogWriter implements LogWriter {
   drain(): Promise<void> | undefined {
     if (this.shutOff.signal.aborted) return Promise.reject(this.shutOff.signal.reason);
     if (this.characters < HIGH_WATER_MARK) return undefined;
+    // A producer that is held makes no small rows, and what it waits for need not keep the pace.
+    this.urgent = true;
+    if (!this.inFlight) this.host.schedule(this);
     return this.hasRoom();
   }
 

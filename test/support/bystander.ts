@@ -86,7 +86,7 @@ export function expectUnharmed(found: Witness<unknown>): void {
 }
 
 /** What of that which is promised a bystander did not get, and whether a calm one was so slow that it proves nothing. */
-function harmsOf({ calm, attacked }: Witness<unknown>): { what: string; isNoisy: boolean }[] {
+export function harmsOf({ calm, attacked }: Witness<unknown>): { what: string; isNoisy: boolean }[] {
   return (['slowest', 'silence'] as const).flatMap((kind) => {
     const slower = Math.max(1, calm[kind] / CALM[kind]);
     const limit = PROMISED[kind] * slower;
