@@ -34,7 +34,8 @@ it('big output has the same hash live and replayed, and does not stay in memory'
     const stream = await client.stream({ deployment_name: deployment, query }, { signal });
     const frames = await stream.frames();
     expect(faultsOfStream(frames, stream.executionId)).toEqual([]);
-    expect(frames).toHaveLength(deltas.length + 2);
+    expect(frames.length).toBeGreaterThanOrEqual(deltas.length + 2); // a long text comes in several chunks
+    expect(frames.every(({ data }) => Buffer.byteLength(data) <= 48 * 1024)).toBe(true);
     expect(hash(frames)).toBe(createHash('sha256').update(deltas.join('')).digest('hex'));
     const replayed = await client.follow(stream.executionId, undefined, { signal });
     expect(hash(await replayed.frames())).toBe(hash(frames));
