@@ -84,8 +84,10 @@ describe('a request', () => {
       '/items',
       '/items/0/chat_history',
       '/items/0/chat_history/0/actor',
+      '/items/0/chat_history/1',
       '/items/1/query',
       '/items/1/surprise',
+      '/items/2',
     ]);
   });
 
