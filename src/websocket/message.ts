@@ -1,7 +1,7 @@
 import { AppError } from '../errors.js';
 import type { Fault } from '../errors.js';
 import { toPointer } from '../engine/validation.js';
-import { checkJson } from '../json-body.js';
+import { checkJson, checkJsonText } from '../json-body.js';
 import type { JsonLimits } from '../json-body.js';
 import { quoted } from '../dto.js';
 import { REQUEST_EVENTS } from './websocket.dto.js';
@@ -21,9 +21,10 @@ export type ParsedMessage =
 export function parseMessage(text: string, limits: JsonLimits): ParsedMessage {
   let message: unknown;
   try {
+    checkJsonText(text, limits);
     message = JSON.parse(text);
-  } catch {
-    return { kind: 'no json' };
+  } catch (error) {
+    return error instanceof AppError ? { kind: 'refused', error, id: undefined } : { kind: 'no json' };
   }
   const { faults, event, id, data } = membersOf(message);
   if (faults.length > 0 || !event) return { kind: 'refused', error: refusal(faults), id };

@@ -54,8 +54,28 @@ describe('a request that wants to break the server gets a 4xx that names the fau
     expect(({} as Record<string, unknown>).polluted).toBeUndefined();
   });
 
+  it.each([
+    ['utf-16le', 415, 'unsupported_media_type'],
+    ['"iso-8859-1"', 415, 'unsupported_media_type'],
+    ['"UTF-8"', 400, 'validation_failed'],
+  ])('with JSON in the charset %s', async (charset, status, code) => {
+    const answer = await post('/api/workflows/execute', '{"deployment_name": 1}', {
+      'Content-Type': `application/json; charset=${charset}`,
+    });
+    expect(answer).toMatchObject({ status, body: { code } });
+  });
+
+  it('with more members than may be read, before they are', async () => {
+    const strangers = Array.from({ length: 60_000 }, (_, index) => `{"k${index}":0}`).join(',');
+    const answer = await post('/api/workflows/execute', `{"deployment_name": "x", "query": [${strangers}]}`);
+    expect(answer).toMatchObject({ status: 400, body: { code: 'validation_failed' } });
+    expect(answer.body.errors).toEqual([
+      { pointer: '', detail: 'has 120002 members and elements, which is more than 100000' },
+    ]);
+  });
+
   it('with JSON that is nested too deep', async () => {
-    for (const depth of [40, 5000, 100_000]) {
+    for (const depth of [40, 5000, 90_000]) {
       const body = `{"deployment_name": "${deployment}", "query": "x", "runtime_overrides": {"variables": ${nested(depth)}}}`;
       const graph = `{"name": "deep", "configuration": ${nested(depth)}}`;
       for (const answer of [

@@ -227,11 +227,11 @@ describe('a message that is none of ours is refused, and the socket lives on', (
     ['{"event":"ping","data":{"a":[{"__proto__":{"polluted":true}}]}}', '/data/a/0/__proto__'],
     ['{"event":"execute","data":{"constructor":{"prototype":{"polluted":true}}}}', '/data/constructor'],
     [`{"event":"execute","data":${nested(40)}}`, `/data${'/a'.repeat(32)}`],
-    ['100,000 LEVELS', `/data${'/a'.repeat(32)}`],
+    ['90,000 LEVELS', `/data${'/a'.repeat(32)}`],
     ['{"event":"execute","data":[]}', '/data/deployment_name'],
   ])('%s', async (text, pointer) => {
     const client = await WsClient.open(app.url);
-    client.sendText(text === '100,000 LEVELS' ? `{"event":"execute","data":${nested(100_000)}}` : text);
+    client.sendText(text === '90,000 LEVELS' ? `{"event":"execute","data":${nested(90_000)}}` : text);
     const { data } = await client.answer(({ event }) => event === 'error');
     expect(data).toMatchObject({
       code: 'validation_failed',

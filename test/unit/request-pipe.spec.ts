@@ -3,7 +3,7 @@ import { ExecuteBatchDto } from '../../src/batches/batches.dto.js';
 import { DeployWorkflowDto } from '../../src/deployments/deployments.dto.js';
 import { AppError } from '../../src/errors.js';
 import { ExecuteDto } from '../../src/executions/executions.dto.js';
-import { checkJson } from '../../src/json-body.js';
+import { checkJson, checkJsonText } from '../../src/json-body.js';
 import { RequestPipe } from '../../src/request.pipe.js';
 import type { Type } from '@nestjs/common';
 
@@ -157,5 +157,22 @@ describe('a JSON document', () => {
       detail: expect.stringContaining('more than 1000'),
     });
     expect(faultOf(times(9, times(100, 1)))).toBeUndefined();
+  });
+
+  it.each([
+    ['[]', 0],
+    ['{ }', 0],
+    ['3', 0],
+    ['"a,b,[c"', 0],
+    ['[\n1 , 2]', 2],
+    ['[[],[[]]]', 3],
+    ['{"a":[{}, {"b,{":"\\"[,\\\\"}], "ü": "💥,"}', 5],
+    ['[1,,"', 3],
+    ['"\\', 0],
+  ])('has its values counted before it is parsed: %s', (text, values) => {
+    const check = (maxValues: number) => () =>
+      checkJsonText(Buffer.from(text).toString('latin1'), { maxValues });
+    expect(check(values)).not.toThrow();
+    if (values > 0) expect(check(values - 1)).toThrow(`has ${values} members and elements`);
   });
 });
