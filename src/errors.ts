@@ -45,6 +45,7 @@ export const ERROR_CODES = {
   internal_error: { status: 500, title: 'Something went wrong in the server' },
   agent_error: { status: 502, title: 'An agent could not produce its output' },
   evaluation_limit: { status: 502, title: 'The templates and conditions took too long together' },
+  output_too_large: { status: 502, title: 'The output is larger than it may be' },
   model_error: { status: 502, title: 'The model could not answer' },
   model_not_configured: { status: 502, title: 'The model is not configured on this server' },
   unavailable: { status: 503, title: 'The server cannot take this request now' },
@@ -95,6 +96,19 @@ function cut(text: string, most: number): string {
 
 /** A failure that may not happen again: the same call can be repeated as long as none of its output was used. */
 export class TransientError extends AppError {}
+
+/** Whose output is bounded: one agent's, that of all agents of an execution, or what a provider sends for one call. */
+export type OutputLimit = 'agent' | 'execution' | 'provider';
+
+/** Something said more than it may. The same call would say as much again. */
+export class OutputLimitError extends AppError {
+  constructor(
+    readonly limit: OutputLimit,
+    message: string,
+  ) {
+    super('output_too_large', message);
+  }
+}
 
 /** Any thrown value as an AppError; what is not one already becomes `internal_error`, its text kept from clients. */
 export function toAppError(error: unknown): AppError {

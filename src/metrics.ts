@@ -61,6 +61,12 @@ export class Metrics {
     buckets: [0.001, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60],
     registers: [this.registry],
   });
+  readonly refusedOutputs = new Counter({
+    name: 'agent_studio_refused_outputs_total',
+    help: 'Outputs that this process ended because they were larger than a limit: agent, execution or provider',
+    labelNames: ['limit'] as const,
+    registers: [this.registry],
+  });
   readonly openStreams = new Gauge({
     name: 'agent_studio_open_streams',
     help: 'Event streams that clients hold open at this process',

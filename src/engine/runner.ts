@@ -6,6 +6,8 @@ import type { AgentOverrides, ChatMessage, RuntimeOverrides } from './definition
 import { Evaluations, type Evaluator } from './evaluation.js';
 import { toExpressionVariables } from './expressions.js';
 import type { Graph, GraphAgent, GraphConnection } from './graph.js';
+import { OutputMeter, type OutputLimits } from './output-meter.js';
+import { errorOf, isLimitOfExecution, toStepError } from './step-errors.js';
 import type { EarlierResults } from './templates.js';
 
 /** What one run of a graph is about. */
@@ -54,6 +56,7 @@ export interface GraphRun {
   input: RunInput;
   models: ModelRegistry;
   evaluator: Evaluator;
+  limits: OutputLimits;
   observer: RunObserver;
   /** Checkpoints of an earlier attempt, by `agent_id`: what has a result other than `cancelled` is not run again. */
   completed?: ReadonlyMap<string, StepResult>;
@@ -90,6 +93,7 @@ class Run {
   /** Aborted without a reason of our own: model clients know nothing but an AbortError for an abort. */
   private readonly stop = new AbortController();
   private readonly evaluations: Evaluations;
+  private readonly output: OutputMeter;
   private failure: StepError | undefined;
   private observerFailure: { error: unknown } | undefined;
   private running = 0;
@@ -101,6 +105,7 @@ class Run {
     // Every parallel agent listens; Node warns of a leak from the 11th listener on.
     setMaxListeners(0, this.stop.signal);
     this.evaluations = new Evaluations(run.evaluator, this.stop.signal);
+    this.output = new OutputMeter(run.limits);
     for (const agent of graph.agents.values()) {
       this.states.set(agent.agent_id, {
         agent,
@@ -144,6 +149,7 @@ class Run {
     if (stored === undefined || stored.status === 'cancelled') return undefined;
     state.result = stored;
     state.text = stored.output;
+    this.output.restore(stored.output.length);
     this.failUnlessHandled(state, stored);
     return this.decide(state, stored);
   }
@@ -182,10 +188,7 @@ class Run {
     } catch (error) {
       if (this.stop.signal.aborted) return this.result(state, 'cancelled');
       this.run.observer.defect?.(error, agent.agent_id);
-      // Whatever handles this failure would meet the same limit.
-      if (error instanceof AppError && error.code === 'evaluation_limit') {
-        this.fail(toStepError(error, agent.agent_id));
-      }
+      if (isLimitOfExecution(error)) this.fail(toStepError(error, agent.agent_id));
       return { ...this.result(state, 'error'), error: toStepError(error, agent.agent_id) };
     }
   }
@@ -310,6 +313,7 @@ class Run {
   private emit(state: StepState, text: string): Promise<void> | undefined {
     this.stop.signal.throwIfAborted();
     if (text === '') return undefined;
+    this.output.add(state.agent.agent_id, state.text.length, text.length);
     state.text += text;
     const failed = (error: unknown): never => {
       this.observerFailed(error);
@@ -378,20 +382,6 @@ class Run {
     if (state === undefined) throw new Error(`The graph has no agent "${agent_id}"`);
     return state;
   }
-}
-
-/** The error of a failed step; a checkpoint may have lost it. */
-function errorOf({ agent_id, error }: StepResult): StepError {
-  return error ?? { code: 'agent_error', message: `The agent "${agent_id}" failed.` };
-}
-
-/** What is no `AppError` was not written for clients. */
-function toStepError(error: unknown, agent_id: string): StepError {
-  if (error instanceof AppError) return { code: error.code, message: error.message };
-  return {
-    code: 'agent_error',
-    message: `The agent "${agent_id}" failed in a way that it did not expect; the server's log has the details.`,
-  };
 }
 
 /** A sum that an integer column can keep, whatever an upstream has counted. */

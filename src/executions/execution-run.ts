@@ -4,12 +4,14 @@ import type { Step } from '../database/entities/step.entity.js';
 import type { CompiledRevision } from '../deployments/deployments.service.js';
 import { parseOverrides } from '../engine/definition.js';
 import type { Evaluator } from '../engine/evaluation.js';
+import type { OutputLimits } from '../engine/output-meter.js';
 import type { RunObserver, RunOutcome, StepResult } from '../engine/runner.js';
 import { runGraph } from '../engine/runner.js';
-import { AppError, toAppError, toErrorCode } from '../errors.js';
+import { AppError, OutputLimitError, toAppError, toErrorCode } from '../errors.js';
 import type { StepProgress } from '../event-log/chunk.js';
 import { FencedError } from '../event-log/event-log.js';
 import type { EventLog, ExecutionEnd, LogWriter } from '../event-log/event-log.js';
+import type { Metrics } from '../metrics.js';
 import type { ModelRegistry } from '../models/model-registry.js';
 import { LockLostError } from '../queue/execution-queue.js';
 import type { ClaimedExecution } from './claims.js';
@@ -33,6 +35,8 @@ export interface ExecutionRunOptions {
   evaluator: Evaluator;
   steps: StepStore;
   ends: ExecutionEnds;
+  metrics: Metrics;
+  limits: OutputLimits;
   /** Seconds, where the deployment has no limit of its own. */
   defaultTimeoutS: number;
 }
@@ -132,6 +136,7 @@ export class ExecutionRun implements RunObserver {
 
   /** An expected failure is a line; what the upstream said to it may hold contents or keys, so that is for debugging only. */
   defect(error: unknown, agentId?: string): void {
+    if (error instanceof OutputLimitError) this.options.metrics.refusedOutputs.inc({ limit: error.limit });
     const fields = { execution_id: this.options.execution.execution_id, agent_id: agentId };
     if (!(error instanceof AppError)) return this.logger.error({ ...fields, err: error });
     this.logger.warn({ ...fields, code: error.code }, error.message);
@@ -139,7 +144,7 @@ export class ExecutionRun implements RunObserver {
   }
 
   private async runGraph(signal: AbortSignal): Promise<RunOutcome> {
-    const { execution, revision, models, evaluator } = this.options;
+    const { execution, revision, models, evaluator, limits } = this.options;
     const { graph, runtime_config } = revision;
     const { query, chat_history, runtime_overrides } = execution.input;
     try {
@@ -150,6 +155,7 @@ export class ExecutionRun implements RunObserver {
         input: { query, chat_history, overrides, variables, max_retries },
         models,
         evaluator,
+        limits,
         observer: this,
         completed: this.findCheckpoints(),
         signal,

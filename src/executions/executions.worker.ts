@@ -13,6 +13,7 @@ import type { CompiledRevision } from '../deployments/deployments.service.js';
 import { Evaluator } from '../engine/evaluation.js';
 import { AppError, toAppError } from '../errors.js';
 import { EventLog, FencedError } from '../event-log/event-log.js';
+import { Metrics } from '../metrics.js';
 import { ModelRegistry } from '../models/model-registry.js';
 import { ExecutionQueue, LockLostError, PutOffError } from '../queue/execution-queue.js';
 import { Claims } from './claims.js';
@@ -65,6 +66,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
     private readonly claims: Claims,
     private readonly leases: WorkerLeases,
     private readonly lost: LostExecutions,
+    private readonly metrics: Metrics,
   ) {}
 
   onApplicationBootstrap(): void {
@@ -119,7 +121,8 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
         await this.running.cancelWhenAbandoned(executionId, revision.runtime_config.disconnect_grace_ms);
       }
       const left = await this.findLeftovers(execution);
-      const { log, models, evaluator, steps, ends } = this;
+      const { log, models, evaluator, steps, ends, metrics } = this;
+      const { MAX_AGENT_OUTPUT, MAX_EXECUTION_OUTPUT, EXECUTION_TIMEOUT_S } = this.config;
       await new ExecutionRun({
         execution,
         revision,
@@ -130,7 +133,9 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
         evaluator,
         steps,
         ends,
-        defaultTimeoutS: this.config.EXECUTION_TIMEOUT_S,
+        metrics,
+        limits: { agent: MAX_AGENT_OUTPUT, execution: MAX_EXECUTION_OUTPUT },
+        defaultTimeoutS: EXECUTION_TIMEOUT_S,
       }).run({
         letGo,
         cancelled,

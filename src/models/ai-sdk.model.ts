@@ -6,6 +6,7 @@ import type {
   LanguageModelV3StreamPart,
   LanguageModelV3Usage,
 } from '@ai-sdk/provider';
+import { OutputLimitError } from '../errors.js';
 import { cutShort, toStreamError } from './model-error.js';
 import type { Model, ModelMessage, ModelPart, ModelRequest, ModelUsage } from './model-registry.js';
 import { UpstreamCall } from './upstream-call.js';
@@ -23,6 +24,8 @@ export class AiSdkModel implements Model {
     private readonly options: {
       provider: string;
       timeoutMs: number;
+      /** Characters of a streamed answer that are no part of its text (reasoning, calls of tools), at most. */
+      mostUnsaid: number;
       /** As Anthropic: one system prompt, no system messages among the others, and no blank texts. */
       strict: boolean;
     },
@@ -31,6 +34,7 @@ export class AiSdkModel implements Model {
   async *stream(request: ModelRequest, signal: AbortSignal): AsyncGenerator<ModelPart[], void, void> {
     const call = this.open(signal);
     let finished = false;
+    let unsaid = 0;
     try {
       call.listen();
       const { stream } = await this.model.doStream(this.toCallOptions(request, call));
@@ -42,6 +46,7 @@ export class AiSdkModel implements Model {
         call.heard();
         if (done) throw cutShort(this.options.provider);
         const part = this.toPart(value);
+        if (part === undefined) unsaid = this.countUnsaid(unsaid, value);
         if (part === undefined) continue;
         finished = part.type === 'finish';
         if (finished) release(reader, call);
@@ -88,6 +93,17 @@ export class AiSdkModel implements Model {
       stopSequences: request.stop?.length ? request.stop : undefined,
       abortSignal: call.signal,
     };
+  }
+
+  /** The AI SDK keeps some of what no reader sees until the answer's end. */
+  private countUnsaid(unsaid: number, part: LanguageModelV3StreamPart): number {
+    const { provider, mostUnsaid } = this.options;
+    const sum = unsaid + ('delta' in part ? part.delta.length : 0);
+    if (sum <= mostUnsaid) return sum;
+    throw new OutputLimitError(
+      'provider',
+      `The model provider "${provider}" sends more than ${mostUnsaid} characters beside its text.`,
+    );
   }
 
   /** Text and the finish; whatever else a provider streams (metadata, reasoning, sources) is no content. */

@@ -15,6 +15,10 @@ import { createUpstreamFetch } from './upstream-fetch.js';
 const MAX_KEPT_MODELS = 200;
 const MAX_NAME_LENGTH = 300;
 
+/** Of a provider's answer so many bytes are kept for each character that an agent may say, and for what is beside them. */
+const BYTES_OF_CHARACTER = 3;
+const BYTES_BESIDE = 1024 * 1024;
+
 /** The documented defaults, spelled out, because the AI SDK would look into the environment for others. */
 const DEFAULT_URLS = { openai: 'https://api.openai.com/v1', anthropic: 'https://api.anthropic.com/v1' };
 
@@ -40,10 +44,14 @@ export class AiSdkModelRegistry extends ModelRegistry {
   /** In the order of their last use. They are kept because the AI SDK builds the schemas of the answers for each anew. */
   private readonly models = new Map<string, { apiKey: string | undefined; model: Model }>();
   private readonly connections = new Agent({ headersTimeout: 0, bodyTimeout: 0 });
-  private readonly fetch = createUpstreamFetch(this.connections);
+  private readonly fetch: typeof fetch;
 
-  constructor(private readonly config: Pick<Config, 'MODEL_PROVIDERS' | 'secret'>) {
+  constructor(private readonly config: Pick<Config, 'MODEL_PROVIDERS' | 'MAX_AGENT_OUTPUT' | 'secret'>) {
     super();
+    this.fetch = createUpstreamFetch(
+      this.connections,
+      config.MAX_AGENT_OUTPUT * BYTES_OF_CHARACTER + BYTES_BESIDE,
+    );
     this.providers = new Map(Object.entries(config.MODEL_PROVIDERS));
   }
 
@@ -108,6 +116,7 @@ export class AiSdkModelRegistry extends ModelRegistry {
     return new AiSdkModel(this.createLanguageModel(name, settings, apiKey), {
       provider: name.provider,
       timeoutMs: settings.timeout_ms,
+      mostUnsaid: this.config.MAX_AGENT_OUTPUT,
       strict: settings.type === 'anthropic',
     });
   }

@@ -1,5 +1,5 @@
 import { APICallError } from '@ai-sdk/provider';
-import { AppError, TransientError } from '../errors.js';
+import { AppError, OutputLimitError, TransientError } from '../errors.js';
 
 const UNREACHABLE_CODES = new Set([
   'ECONNREFUSED',
@@ -42,6 +42,8 @@ const LASTING_ERROR = /invalid|authentication|permission|not_found|quota|billing
  */
 export function toModelError(error: unknown, provider: string): AppError {
   if (error instanceof AppError) return error;
+  const refused = [...causesOf(error)].find((cause) => cause instanceof OutputLimitError);
+  if (refused !== undefined) return refused;
   const code = findNetworkCode(error);
   if (code !== undefined) return networkError(code, provider, error);
   if (APICallError.isInstance(error) && error.statusCode !== undefined && !isSuccess(error.statusCode)) {
@@ -116,15 +118,23 @@ function isLasting(error: unknown): boolean {
 
 /** The code of a system or socket error, wherever in the chain of causes it is. */
 function findNetworkCode(error: unknown): string | undefined {
-  const seen = new Set<unknown>();
-  let current = error;
-  while (typeof current === 'object' && current !== null && !seen.has(current)) {
-    seen.add(current);
-    const { code, cause }: { code?: unknown; cause?: unknown } = current;
+  for (const cause of causesOf(error)) {
+    const { code }: { code?: unknown } = cause;
     if (typeof code === 'string' && (UNREACHABLE_CODES.has(code) || BROKEN_CODES.has(code))) return code;
-    current = cause;
   }
   return undefined;
+}
+
+/** An error, what caused it, and so on. */
+function causesOf(error: unknown): Set<object> {
+  const causes = new Set<object>();
+  let current = error;
+  while (typeof current === 'object' && current !== null && !causes.has(current)) {
+    causes.add(current);
+    const { cause }: { cause?: unknown } = current;
+    current = cause;
+  }
+  return causes;
 }
 
 /** Whole seconds from `retry-after-ms` or `Retry-After` (RFC 9110: seconds or an HTTP date). */

@@ -277,3 +277,82 @@ describe('an upstream that breaks', () => {
     expect((await failureOf(collect(model))).retryAfter).toBe(retryAfter);
   });
 });
+
+describe('an upstream that does not end', () => {
+  const env = { MAX_AGENT_OUTPUT: '1000', OPENAI_API_KEY: 'k', ANTHROPIC_API_KEY: 'k' };
+  const more = 'x'.repeat(64 * 1024);
+  /** Sends the same again and again, for as long as somebody reads it. */
+  const send = (response: ServerResponse, piece: string) => {
+    const say = () => {
+      while (!response.destroyed && response.write(piece));
+    };
+    response.on('drain', say);
+    say();
+  };
+
+  it.each<[string, (response: ServerResponse) => void]>([
+    ['its event', (response) => (writeStream(response, 'data: '), send(response, more))],
+    ['the lines of its event', (response) => (writeStream(response), send(response, `data: ${more}\n`))],
+    [
+      'its reasoning',
+      (response) => {
+        writeStream(response);
+        send(response, chatEvent({ choices: [{ index: 0, delta: { reasoning_content: 'hmm' } }] }));
+      },
+    ],
+  ])('%s', async (_name, answer) => {
+    const { model, upstream } = await startModel(answer, { env });
+    const error = await failureOf(collect(model));
+    expect(error).toMatchObject({ code: 'output_too_large', limit: 'provider' });
+    await expect(upstream.requests[0]?.closed).resolves.toBe(true);
+  });
+
+  it.each<ProviderType>(['openai-compatible', 'openai', 'anthropic'])(
+    'its answer in one piece (%s)',
+    async (type) => {
+      const { model, upstream } = await startModel(
+        (response) => {
+          response.writeHead(200, { 'content-type': 'application/json' });
+          send(response, more);
+        },
+        { env, type },
+      );
+      const error = await failureOf(generate(model));
+      expect(error).toMatchObject({ code: 'output_too_large', limit: 'provider' });
+      await expect(upstream.requests[0]?.closed).resolves.toBe(true);
+    },
+  );
+
+  it('its error', async () => {
+    const { model, upstream } = await startModel(
+      (response) => {
+        response.writeHead(401, { 'content-type': 'application/json' });
+        send(response, more);
+      },
+      { env },
+    );
+    for (const call of [collect, generate])
+      expect(await failureOf(call(model))).toMatchObject({
+        code: 'model_error',
+        message: expect.stringContaining('401'),
+      });
+    await expect(upstream.requests[1]?.closed).resolves.toBe(true);
+  });
+
+  it('its stream of events, each of which is short: not its fault', async () => {
+    const { model } = await startModel(
+      (response) => {
+        writeStream(response);
+        // An event longer than what is kept of it in pieces that never hold an event's whole end.
+        for (let event = 0; event < 40; event++) {
+          response.write(`data: ${chatDelta('a').slice(6, -2)}\n`);
+          response.write(`: ${more}\n`);
+          response.write('\n');
+        }
+        response.end(chatEnd());
+      },
+      { env },
+    );
+    expect(textOf(await collect(model))).toBe('a'.repeat(40));
+  });
+});

@@ -190,7 +190,10 @@ describe('a call that is not wanted any more', () => {
       diagnostics.subscribe('undici:request:trailers', () => resolve());
     });
 
-    const response = await createUpstreamFetch(connections)(upstream.url, { method: 'POST', body: '{}' });
+    const response = await createUpstreamFetch(connections, 1_000_000)(upstream.url, {
+      method: 'POST',
+      body: '{}',
+    });
     await complete;
     await response.body?.cancel();
     await new Promise((resolve) => setImmediate(resolve));

@@ -339,6 +339,7 @@ describe('the example', () => {
       input: { query, chat_history: [], overrides: {} },
       models: server.app.get(ModelRegistry, { strict: false }),
       evaluator: server.app.get(Evaluator, { strict: false }),
+      limits: { agent: Infinity, execution: Infinity },
       observer: {
         stepStarted: () => undefined,
         content: () => undefined,

@@ -1,5 +1,7 @@
 import { createHash } from 'node:crypto';
 import { expect, it } from '@jest/globals';
+import { harmsOf, withBystander } from '../support/bystander.js';
+import { inconclusive } from '../support/inconclusive.js';
 import { Studio, faultsOfStream, textOf, upstreamAgent } from '../support/studio.js';
 import type { Frame } from '../support/studio.js';
 import { chatDelta, chatEnd, writeStream } from '../support/upstream.js';
@@ -15,11 +17,18 @@ const answers: Record<string, string[]> = {
   'one chunk of 1 MiB': ['x0123456789abcde'.repeat(65_536)],
 };
 const system = withProcesses({
-  upstream: (response, { query }) => {
+  upstream: (response, { query, body }) => {
+    if (!body.stream) return response.end(inOnePiece(query));
     writeStream(response, ...(answers[query] ?? ['nothing']).map(chatDelta), chatEnd());
-    response.end();
+    return response.end();
   },
 });
+
+/** An answer of about 12 MiB, as an OpenAI-compatible server gives it where nobody asked for a stream. */
+const inOnePiece = (query: string) => {
+  const message = { role: 'assistant', content: `${query} `.repeat((12 * 1024 * 1024) / (query.length + 1)) };
+  return JSON.stringify({ choices: [{ index: 0, message, finish_reason: 'stop' }] });
+};
 
 const hash = (frames: Frame[]) => createHash('sha256').update(textOf(frames)).digest('hex');
 
@@ -42,3 +51,22 @@ it('big output has the same hash live and replayed, and does not stay in memory'
   }
   expect((await outside.memory()).peak - before.now).toBeLessThan(100 * 1024 * 1024);
 });
+
+it(
+  'an answer of 12 MiB in one piece is kept whole, and holds up no end of another execution',
+  async () => {
+    const server = await system.start();
+    const client = new Studio(server.url);
+    const deployment_name = await client.deploy(upstreamAgent({ streaming: false }));
+    const witness = await withBystander(server, () =>
+      client.execute<{ response: string }>({ deployment_name, query: 'words' }),
+    );
+    expect(witness.outcome.status).toBe(200);
+    expect(witness.outcome.body.response.length).toBeGreaterThan(12 * 1024 * 1024 - 6);
+    expect(witness.attacked.faults).toEqual([]);
+    const delays = harmsOf(witness).filter(({ what }) => what.startsWith('slowest'));
+    expect(delays.filter(({ isNoisy }) => !isNoisy)).toEqual([]);
+    delays.forEach(({ what }) => inconclusive(what));
+  },
+  HANG_MS,
+);

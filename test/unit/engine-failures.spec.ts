@@ -17,6 +17,7 @@ import {
   Recorder,
   says,
   ScriptedModels,
+  step,
   template,
   type Script,
 } from './engine-support.js';
@@ -323,5 +324,60 @@ describe('an abort', () => {
     );
     expect(Reflect.get(shared, limit ?? '')).toBe(0);
     for (const signal of signals) expect(getEventListeners(signal, 'abort')).toEqual([]);
+  });
+});
+
+describe('an agent that says too much', () => {
+  const limits = { agent: 10, execution: 25 };
+  const talks = (text: string, closed: () => void): Script =>
+    async function* () {
+      try {
+        for (;;) yield [{ type: 'text', text }];
+      } finally {
+        closed();
+      }
+    };
+
+  it('is stopped before its first text beyond the limit, and the model with it', async () => {
+    let closed = 0;
+    const models = new ScriptedModels({ long: talks('1234', () => (closed += 1)) });
+    const observer = new Recorder();
+    const graph = compile([llm('long')], [], { models });
+    const outcome = await execute(graph, { models, observer, limits });
+    expect(outcome).toMatchObject({
+      status: 'error',
+      response: '12341234',
+      error: { code: 'output_too_large' },
+    });
+    expect(closed).toBe(1);
+    expect(observer.defects).toEqual([expect.objectContaining({ limit: 'agent' })]);
+  });
+
+  it('is handled by an error connection', async () => {
+    const models = new ScriptedModels({ long: says('12345678901') });
+    const agents = [llm('long'), template('after', '{{ errors.long.code | slice: 0, 6 }}')];
+    const graph = compile(agents, [onError('long', 'after')], { models });
+    const outcome = await execute(graph, { models, limits });
+    expect(outcome).toMatchObject({ status: 'completed', response: 'output' });
+  });
+
+  it('ends the run where all agents together say too much, whatever handles its failure', async () => {
+    const graph = compile(
+      [template('a', '123456789'), template('b', '123456789'), template('c', '12345678'), template('d', 'x')],
+      [connect('a', 'b'), connect('b', 'c'), onError('c', 'd')],
+    );
+    const observer = new Recorder();
+    const outcome = await execute(graph, { observer, limits });
+    expect(outcome).toMatchObject({ status: 'error', error: { code: 'output_too_large' } });
+    expect(observer.statuses()).toEqual({ a: 'completed', b: 'completed', c: 'error' });
+    expect(observer.defects).toEqual([expect.objectContaining({ limit: 'execution' })]);
+  });
+
+  it('counts what an earlier attempt has kept', async () => {
+    const graph = compile([template('a'), template('b', '1234567')], [connect('a', 'b')]);
+    const completed = new Map([step('a', { output: 'x'.repeat(20) })]);
+    expect(await execute(graph, { completed, limits })).toMatchObject({
+      error: { code: 'output_too_large' },
+    });
   });
 });
