@@ -10,6 +10,7 @@ import { exclusively } from '../database/exclusively.js';
 import { GroupCommit } from '../database/group-commit.js';
 import { LOCKS } from '../database/locks.js';
 import { isUnavailable } from '../database/unavailable.js';
+import { serializeBatchChunk } from '../event-log/chunk-lines.js';
 import { ChunkSerializer } from '../event-log/chunk.js';
 import type { ItemCounts } from '../event-log/chunk.js';
 import { MergedLog } from '../event-log/merged-log.js';
@@ -225,10 +226,10 @@ async function finish(client: PoolClient, batch: Batch): Promise<void> {
   const status = cancel_requested_at ? 'cancelled' : 'completed';
   const finishedAt = new Date();
   const data = { counts: countOf(rows), items, results: batchLinks(batch_id).results };
-  const chunk = new ChunkSerializer({ deployment_name, workflow_id, batch_id }).serialize(
+  const chunk = serializeBatchChunk(
+    new ChunkSerializer({ deployment_name, workflow_id, batch_id }),
     { type: 'status', data, status },
-    2,
-    finishedAt.getTime(),
+    { sequence: 2, time: finishedAt.getTime() },
   );
   await client.query({ ...FINISH, values: [batch_id, status, finishedAt, chunk] });
 }

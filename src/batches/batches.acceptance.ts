@@ -13,6 +13,7 @@ import { refuse } from '../engine/validation.js';
 import type { ActiveDeployment } from '../deployments/deployments.service.js';
 import { AppError } from '../errors.js';
 import type { Fault } from '../errors.js';
+import { serializeBatchChunk } from '../event-log/chunk-lines.js';
 import { ChunkSerializer } from '../event-log/chunk.js';
 import { ExecutionsAcceptance, canonical, inputOf, refuseKey } from '../executions/executions.acceptance.js';
 import { ExecutionsAdmission } from '../executions/executions.admission.js';
@@ -198,7 +199,7 @@ function valuesOf(
       new ChunkSerializer({ ...origin, execution_id, item_id }).serialize(started, 1, time),
     ),
     created_at,
-    new ChunkSerializer(origin).serialize({ ...started, data }, 1, time),
+    serializeBatchChunk(new ChunkSerializer(origin), { ...started, data }, { sequence: 1, time }),
     admitted,
   ];
 }

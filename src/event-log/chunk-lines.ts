@@ -1,12 +1,20 @@
-/**
- * UTF-8 bytes of one chunk's JSON at most. Many clients read lines into a buffer of 64 KiB and fail on a longer one (Go's
- * `bufio.Scanner` is one of them), and a WebSocket's message puts some more around it. So a line of a stream, its `data:`
- * included, stays below 48 KiB.
- */
-export const MOST_LINE_BYTES = 48 * 1024 - 16;
+import { MOST_LINE_BYTES } from '../line-limit.js';
+import type { BatchData, ChunkContent, ChunkSerializer } from './chunk.js';
 
 /** UTF-16 code units that fit into a line whatever they are, beside the names and ids of a chunk. */
 export const SHORT_TEXT = 4096;
+
+/** A batch's own chunk; its items are left out where their list would make the line too long. */
+export function serializeBatchChunk(
+  serializer: ChunkSerializer,
+  { data, ...content }: Omit<ChunkContent, 'data'> & { data: BatchData },
+  { sequence, time }: { sequence: number; time: number },
+): string {
+  const line = serializer.serialize({ ...content, data }, sequence, time);
+  if (Buffer.byteLength(line) <= MOST_LINE_BYTES) return line;
+  const { items: _items, ...rest } = data;
+  return serializer.serialize({ ...content, data: { ...rest, items_omitted: true } }, sequence, time);
+}
 
 /** Cuts a text between code points, so that each piece takes `mostBytes` at most in a chunk's JSON. The pieces joined are the text. */
 export function cutText(text: string, mostBytes: number): string[] {

@@ -25,7 +25,9 @@ export interface ItemCounts {
 
 /** `data` of a batch's own chunks: its items in their order, and once it has ended their ends and where the results are. */
 export interface BatchData {
-  items: { item_id: string; execution_id: string; status?: string; self?: string }[];
+  /** Left out, and `items_omitted` said, where the chunk's line would be too long. */
+  items?: { item_id: string; execution_id: string; status?: string; self?: string }[];
+  items_omitted?: true;
   counts?: ItemCounts;
   results?: string;
 }

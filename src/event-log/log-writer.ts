@@ -1,8 +1,9 @@
 import { storableText } from '../database/storable-text.js';
+import { MOST_LINE_BYTES } from '../line-limit.js';
 import type { TerminalStatus } from '../executions/status.js';
 import { ChunkSerializer } from './chunk.js';
 import type { ChunkContent } from './chunk.js';
-import { MOST_LINE_BYTES, SHORT_TEXT, cutText, slicesOf } from './chunk-lines.js';
+import { SHORT_TEXT, cutText, slicesOf } from './chunk-lines.js';
 import { FencedError } from './event-log.js';
 import type { ExecutionEnd, LogBatch, LogOwner, LogWriter, TextContent } from './event-log.js';
 
@@ -14,6 +15,11 @@ const MOST_ROW_CHARACTERS = 256 * 1024;
 const MOST_AT_ONCE = 32 * 1024;
 /** The one with the most digits. */
 const MOST_SEQUENCE = 2_147_483_647;
+
+/** A message may repeat what a workflow's author or a client wrote; so much of it fits into a chunk, whatever it is. */
+function cutError(message: string): string {
+  return cutText(message, MOST_LINE_BYTES / 2)[0] ?? '';
+}
 
 /** Chunks of one writer that go into one row. */
 export interface PendingRow {
@@ -115,7 +121,7 @@ export class ExecutionLogWriter implements LogWriter {
     const finished_at = new Date();
     const sequence = ++this.sequence;
     const { status, code } = end;
-    const error = end.error === undefined ? undefined : storableText(end.error);
+    const error = end.error === undefined ? undefined : cutError(storableText(end.error));
     const serialize = (content: Pick<ExecutionEnd, 'status' | 'error' | 'code'>) =>
       this.serializer.serialize({ type: 'status', ...content }, sequence, finished_at.getTime());
     const chunk = serialize({ status, error, code });

@@ -8,6 +8,7 @@ import { LOCKS } from '../database/locks.js';
 import { isUnavailable, retryWhileUnavailable } from '../database/unavailable.js';
 import { Repeat } from '../repeat.js';
 import { IS_KEPT, LOOK, NUMBERED_AT_ONCE, NUMBER_PENDING, READ, SNAPSHOT } from './statements.js';
+import { fitIntoLine } from './status-event.js';
 import type {
   SnapshotDeployment,
   SnapshotExecution,
@@ -126,7 +127,7 @@ export class StatusEvents implements BeforeApplicationShutdown {
         this.snapshots.delete(key);
         return query(SNAPSHOT, valuesOf(filter));
       });
-      if (row.numbered < NUMBERED_AT_ONCE) return snapshotOf(row);
+      if (row.numbered < NUMBERED_AT_ONCE) return fitIntoLine(snapshotOf(row));
       await this.number();
     }
   }

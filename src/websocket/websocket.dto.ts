@@ -221,9 +221,12 @@ export class StatusSnapshotDto implements StatusSnapshot {
   queued: number;
   @ApiProperty({ type: 'integer' })
   running: number;
-  /** The newest unfinished ones */
+  /** The newest unfinished ones, as many as fit into 48 KiB */
   executions: SnapshotExecutionDto[];
   deployments?: SnapshotDeploymentDto[];
+  /** There are more than it holds */
+  @ApiProperty({ enum: [true], required: false })
+  items_omitted?: true;
 }
 
 /** `data` of a later `status`: one change. */

@@ -100,19 +100,24 @@ export function faultsOfMerged(frames: Frame[], batchId: string): string[] {
   const [head] = frames;
   const tail = frames.at(-1);
   if (!head || !tail) return ['there is no chunk'];
-  const announced = (head.chunk.data as BatchData | undefined)?.items ?? [];
+  const begin = head.chunk.data as BatchData | undefined;
   const end = tail.chunk.data as BatchData | undefined;
+  const announced = begin?.items ?? [];
   const faults = faultsOfFrames(frames, batchId);
   for (const [item, chunks] of byItem(frames)) {
     const executionId = announced.find(({ item_id }) => item_id === item)?.execution_id;
-    const ended = end?.items.find(({ item_id }) => item_id === item);
-    if (executionId === undefined) faults.push(`item ${item} was not announced`);
-    if (ended?.execution_id !== executionId || ended?.status !== chunks.at(-1)?.chunk.status)
+    const ended = end?.items?.find(({ item_id }) => item_id === item);
+    if (executionId === undefined && !begin?.items_omitted) faults.push(`item ${item} was not announced`);
+    if (
+      !end?.items_omitted &&
+      (ended?.execution_id !== executionId || ended?.status !== chunks.at(-1)?.chunk.status)
+    )
       faults.push(`item ${item} ended as ${chunks.at(-1)?.chunk.status}, and is told as ${ended?.status}`);
     chunks.forEach(({ chunk }, index) => {
       const is = `chunk ${index + 1} of item ${item}`;
       if (chunk.sequence !== index + 1) faults.push(`${is} has sequence ${chunk.sequence}`);
-      if (chunk.execution_id !== executionId) faults.push(`${is} is of execution ${chunk.execution_id}`);
+      if (chunk.execution_id !== executionId && !begin?.items_omitted)
+        faults.push(`${is} is of execution ${chunk.execution_id}`);
       if ((index === 0) !== (chunk.status === 'started')) faults.push(`${is} has status ${chunk.status}`);
     });
     const ends = chunks.flatMap((frame, index) => (isTerminal(frame) ? [index] : []));
@@ -121,10 +126,11 @@ export function faultsOfMerged(frames: Frame[], batchId: string): string[] {
         `item ${item} of ${chunks.length} chunks has its terminal ones at ${ends.join() || 'none'}`,
       );
   }
-  if (byItem(frames).size !== announced.length)
+  if (byItem(frames).size !== announced.length && !begin?.items_omitted)
     faults.push(`${byItem(frames).size} of ${announced.length} items have chunks`);
-  const order = (items: BatchData['items']) => items.map(({ item_id }) => item_id).join();
-  if (order(end?.items ?? []) !== order(announced)) faults.push('the items at the end are in another order');
+  const order = (items: NonNullable<BatchData['items']>) => items.map(({ item_id }) => item_id).join();
+  if (!end?.items_omitted && order(end?.items ?? []) !== order(announced))
+    faults.push('the items at the end are in another order');
   return faults;
 }
 
