@@ -37,9 +37,11 @@ const APPEND = {
     INSERT INTO batch_order (batch_id, first_position, last_position, parts, merged)
     SELECT batch_id, first_position, last_position, parts, merged::int[]
       FROM unnest(${unseen('$1::uuid[]')}, ${unseen('$2::int[]')}, ${unseen('$3::int[]')}, ${unseen('$4::text[]')},
-             ${unseen('$5::text[]')})
-           WITH ORDINALITY AS row (batch_id, first_position, last_position, parts, merged, number)
-     WHERE row.number NOT IN (SELECT number FROM unwritten) AND row.first_position - 1 = coalesce((
+             ${unseen('$5::text[]')}, ${unseen('$9::int[]')})
+           WITH ORDINALITY AS row (batch_id, first_position, last_position, parts, merged, cuts, number)
+     WHERE row.number NOT IN (SELECT number FROM unwritten)
+       AND row.cuts = (SELECT order_cuts FROM batch WHERE batch.batch_id = row.batch_id)
+       AND row.first_position - 1 = coalesce((
              SELECT before.last_position FROM batch_order AS before
               WHERE before.batch_id = row.batch_id AND before.first_position < row.first_position
               ORDER BY before.first_position DESC LIMIT 1), 0)
@@ -48,43 +50,56 @@ const APPEND = {
     RETURNING batch_id`,
 };
 
+/** Rows of the order, each beside how often it was cut; that stands alone if there are no rows. */
+const besideCuts = (rows: string) => `
+    SELECT batch.order_cuts, stored.* FROM batch LEFT JOIN LATERAL (${rows}) AS stored ON true
+     WHERE batch.batch_id = $1 ORDER BY stored.first_position`;
+
 /** From the newest row that says how far each member was merged; from the beginning, if there is none. */
 const NEWEST = {
   name: 'batch-order-newest',
-  text: `
-    SELECT first_position, last_position, parts, merged FROM batch_order
-     WHERE batch_id = $1
-       AND first_position >= coalesce((SELECT first_position FROM batch_order WHERE batch_id = $1 AND merged IS NOT NULL
-                                        ORDER BY first_position DESC LIMIT 1), 0)
-     ORDER BY first_position`,
+  text: besideCuts(`
+      SELECT first_position, last_position, parts, merged FROM batch_order
+       WHERE batch_id = $1
+         AND first_position >= coalesce((SELECT first_position FROM batch_order WHERE batch_id = $1 AND merged IS NOT NULL
+                                          ORDER BY first_position DESC LIMIT 1), 0)`),
 };
 
 /** From the row that holds the position after $2. */
 const AFTER = {
   name: 'batch-order-after',
-  text: `
-    SELECT first_position, last_position, parts FROM batch_order
-     WHERE batch_id = $1
-       AND first_position >= coalesce((SELECT first_position FROM batch_order WHERE batch_id = $1 AND first_position <= $2 + 1
-                                        ORDER BY first_position DESC LIMIT 1), 0)
-     ORDER BY first_position LIMIT $3`,
+  text: besideCuts(`
+      SELECT first_position, last_position, parts FROM batch_order
+       WHERE batch_id = $1
+         AND first_position >= coalesce((SELECT first_position FROM batch_order WHERE batch_id = $1 AND first_position <= $2 + 1
+                                          ORDER BY first_position DESC LIMIT 1), 0)
+       ORDER BY first_position LIMIT $3`),
 };
 
 const END = {
   name: 'batch-order-end',
-  text: 'SELECT last_position, parts FROM batch_order WHERE batch_id = $1 ORDER BY first_position DESC LIMIT 1',
+  text: besideCuts(`
+      SELECT first_position, last_position, parts FROM batch_order
+       WHERE batch_id = $1 ORDER BY first_position DESC LIMIT 1`),
 };
 
-interface StoredRow {
+export interface StoredRow {
   first_position: number;
   last_position: number;
   parts: string;
 }
 
+/** As {@link besideCuts} gives them. */
+type RowBesideCuts<Row extends StoredRow = StoredRow> = { order_cuts: number } & (
+  Row | { [Key in keyof Row]: null }
+);
+
 /** How far the stored order of a batch goes, and whether its last row is the end. */
 export interface OrderEnd {
   position: number;
   isFinal: boolean;
+  /** How often it was cut. */
+  cuts: number;
 }
 
 /** A row that is to be appended. */
@@ -94,13 +109,16 @@ export interface NewOrderRow extends OrderRow {
   members: string[];
   /** How far each member is merged with this row; with some rows only. */
   merged: number[] | undefined;
+  /** How often the order was cut that it continues. */
+  cuts: number;
   /** Whether it is still wanted when its turn has come. */
   signal: AbortSignal;
 }
 
 /**
  * Appends rows of several batches in one statement. Answers for each whether it was appended: it was not if another process has
- * taken the position, it is there already, the row before it is lost, a log does not go so far, or nobody wants it any more.
+ * taken the position, it is there already, the row before it is lost, the order was cut, a log does not go so far, or nobody wants it
+ * any more.
  *
  * @param session as long as it lasts, PostgreSQL has not crashed, and what was known of the order holds
  */
@@ -114,11 +132,12 @@ export async function appendRows(session: SessionConnection, asked: NewOrderRow[
     rows.map(({ batchId }) => batchId),
     rows.map(({ first_position }) => first_position),
     rows.map(({ last_position }) => last_position),
-    rows.map(({ ranges }) => ranges.map(({ member, first, last }) => `${member}:${first}-${last}`).join()),
+    rows.map(({ ranges }) => partsOf(ranges)),
     rows.map(({ merged }) => (merged ? `{${merged.join()}}` : null)),
     ranges.map(({ number }) => number),
     ranges.map(({ log }) => log),
     ranges.map(({ last }) => last),
+    rows.map(({ cuts }) => cuts),
   ];
   const stored = await session.query<{ batch_id: string }>({ ...APPEND, values });
   const appended = new Set(stored.rows.map(({ batch_id }) => batch_id));
@@ -127,6 +146,9 @@ export async function appendRows(session: SessionConnection, asked: NewOrderRow[
 
 /** The stored order of one batch. */
 export class MergedOrder {
+  /** How often it had been cut when its newest rows were read. Whoever cuts it makes all that was known of it void. */
+  cuts = 0;
+
   constructor(
     private readonly pool: Pool,
     private readonly batchId: string,
@@ -134,10 +156,12 @@ export class MergedOrder {
 
   /** The newest place where it says how far each member is merged, if there is one, and the rows after it. */
   async newest(): Promise<{ merged: number[] | null; position: number; rows: OrderRow[] }> {
-    const { rows } = await this.pool.query<StoredRow & { merged: number[] | null }>({
+    const found = await this.pool.query<RowBesideCuts<StoredRow & { merged: number[] | null }>>({
       ...NEWEST,
       values: [this.batchId],
     });
+    this.cuts = found.rows[0]?.order_cuts ?? 0;
+    const rows = found.rows.filter((row) => row.parts !== null);
     const checkpoint = rows[0]?.merged ? rows.shift() : undefined;
     return {
       merged: checkpoint?.merged ?? null,
@@ -146,10 +170,18 @@ export class MergedOrder {
     };
   }
 
-  /** The rows from the one on that holds the position after `position`; all of them, or the first `most`. */
-  async after(position: number, most: number | null = null): Promise<OrderRow[]> {
-    const { rows } = await this.pool.query<StoredRow>({ ...AFTER, values: [this.batchId, position, most] });
-    return rows.filter((row) => row.last_position > position).map(orderRowOf);
+  /**
+   * The rows from the one on that holds the position after `position`; all of them, or the first `most`. Undefined if the order was cut
+   * since its newest rows were read.
+   */
+  async after(position: number, most: number | null = null): Promise<OrderRow[] | undefined> {
+    const { rows } = await this.pool.query<RowBesideCuts>({
+      ...AFTER,
+      values: [this.batchId, position, most],
+    });
+    if (rows[0]?.order_cuts !== this.cuts) return undefined;
+    const stored = rows.filter((row) => row.parts !== null);
+    return stored.filter((row) => row.last_position > position).map(orderRowOf);
   }
 
   end(): Promise<OrderEnd> {
@@ -158,15 +190,24 @@ export class MergedOrder {
 }
 
 export async function endOfOrder(pool: Pool, batchId: string): Promise<OrderEnd> {
-  const { rows } = await pool.query<StoredRow>({ ...END, values: [batchId] });
+  const { rows } = await pool.query<RowBesideCuts>({ ...END, values: [batchId] });
   const [newest] = rows;
-  return { position: newest?.last_position ?? 0, isFinal: newest?.parts === END_PARTS };
+  return {
+    position: newest?.last_position ?? 0,
+    isFinal: newest?.parts === END_PARTS,
+    cuts: newest?.order_cuts ?? 0,
+  };
 }
 
-function orderRowOf({ first_position, last_position, parts }: StoredRow): OrderRow {
+export function orderRowOf({ first_position, last_position, parts }: StoredRow): OrderRow {
   const ranges = parts.split(',').map((part) => {
     const [member = NaN, first = NaN, last = NaN] = part.split(/[:-]/).map(Number);
     return { member, first, last };
   });
   return { first_position, last_position, ranges };
+}
+
+/** Ranges as they are stored. */
+export function partsOf(ranges: Range[]): string {
+  return ranges.map(({ member, first, last }) => `${member}:${first}-${last}`).join();
 }

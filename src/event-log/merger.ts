@@ -15,6 +15,9 @@ const MOST_IN_ROW = 4096;
 /** So many rows after which one says how far each member is merged. */
 const CHECKPOINT_ROWS = 64;
 
+/** What the members' logs say of the stored order: some were deleted, or they do not go as far as it does. */
+export type Look = 'possible' | 'impossible' | 'deleted';
+
 export interface MergerOptions {
   batchId: string;
   /** Logs of the batch itself and of its items. */
@@ -50,6 +53,7 @@ export class Merger {
   private position = 0;
   private rowsSinceCheckpoint = 0;
   private lastRound = -Infinity;
+  private hasBegun = false;
   /** The members' logs must be asked how far they go. */
   private mustLook = true;
   /** A look at all members at once found the batch's end: nothing of them is missing. */
@@ -63,18 +67,26 @@ export class Merger {
     this.listeners = members.map((_id, member) => this.listenerOf(member));
   }
 
-  /** Begins where the stored order ends. */
-  async start(): Promise<void> {
+  /** Begins where the stored order ends. Reads what the logs have, too, and does not begin if the order does not go with them. */
+  async start(): Promise<Look> {
     const { merged, position, rows } = await this.options.order.newest();
     merged?.forEach((last, member) => (this.merged[member] = last));
     this.position = position;
     this.apply(rows);
-    if (this.stopped.signal.aborted) return;
+    this.stopped.signal.throwIfAborted();
     const { subscriptions, members } = this.options;
     // Of one that has ended there is one thing to hear still: that it was deleted.
     const heard = this.hasEnded ? this.listeners.slice(0, 1) : this.listeners;
     heard.forEach((listener, member) => subscriptions.listen(members[member] ?? '', listener));
+    const found = await this.look();
+    this.hasBegun = found === 'possible';
     this.request();
+    return found;
+  }
+
+  /** The last position that it knows of. */
+  get last(): number {
+    return this.position;
   }
 
   stop(): void {
@@ -116,7 +128,7 @@ export class Merger {
   }
 
   private request(): void {
-    if (!this.stopped.signal.aborted)
+    if (this.hasBegun && !this.stopped.signal.aborted)
       this.rounds.request(this.lastRound + this.options.intervalMs - performance.now());
   }
 
@@ -141,16 +153,18 @@ export class Merger {
 
   private async merge(): Promise<void> {
     const isEnding = (this.known[0] ?? 0) >= LAST_OF_BATCH && !this.sawAll;
-    if ((this.mustLook || isEnding) && !(await this.look())) return;
+    if ((this.mustLook || isEnding) && (await this.look()) !== 'possible') return this.options.onFailure();
     const row = this.compose();
     if (!row) return;
     const { order, append, readers, batchId, members } = this.options;
+    const { cuts } = order;
     const isCheckpoint = this.rowsSinceCheckpoint + 1 >= CHECKPOINT_ROWS;
     const merged = isCheckpoint ? this.mergedWith(row) : undefined;
-    const isFirst = await append({ ...row, batchId, members, merged, signal: this.stopped.signal });
+    const isFirst = await append({ ...row, batchId, members, merged, cuts, signal: this.stopped.signal });
     if (this.stopped.signal.aborted) return;
     const chunks = isFirst ? this.waiting.find(row.ranges) : undefined;
     const rows = isFirst ? [row] : await order.after(this.position);
+    if (!rows) return this.options.onFailure(); // it was cut: begin anew
     if (rows.length === 0) return this.refused();
     this.apply(rows);
     if (isFirst && isCheckpoint) this.rowsSinceCheckpoint = 0;
@@ -166,17 +180,18 @@ export class Merger {
 
   /** Nobody has taken the position, and the row was not appended all the same. */
   private async refused(): Promise<void> {
-    const { position } = await this.options.order.end();
-    // A crash of PostgreSQL took back what was stored: begin anew.
-    if (position < this.position) return this.options.onFailure();
+    const { order, onFailure } = this.options;
+    const { position, cuts } = await order.end();
+    // A crash of PostgreSQL took back what was stored, or somebody cut it: begin anew.
+    if (position < this.position || cuts !== order.cuts) return onFailure();
     // What was heard of the logs was wrong.
     this.mustLook = true;
     this.request();
   }
 
-  /** Asks the table how far the members' logs go. @returns false if some were deleted */
-  private async look(): Promise<boolean> {
-    const { pool, members, batchId, onFailure } = this.options;
+  /** Asks the table how far the members' logs go. */
+  private async look(): Promise<Look> {
+    const { pool, members, batchId } = this.options;
     this.mustLook = false;
     const before = [...this.known];
     const { rows } = await pool.query<{ execution_id: string; last_sequence: number }>({
@@ -184,10 +199,7 @@ export class Merger {
       values: [members],
     });
     // Each log has had a chunk since its acceptance.
-    if (rows.length < members.length) {
-      onFailure();
-      return false;
-    }
+    if (rows.length < members.length) return 'deleted';
     const found = new Map(rows.map((row) => [row.execution_id, row.last_sequence]));
     members.forEach((executionId, member) => {
       // What was heard of before may be lost; what was heard of meanwhile is not.
@@ -196,7 +208,8 @@ export class Merger {
     });
     // All items have ended before the batch does, so the same look saw all of them.
     this.sawAll = found.get(batchId) === LAST_OF_BATCH;
-    return true;
+    const isPossible = members.every((id, member) => (found.get(id) ?? 0) >= (this.merged[member] ?? 0));
+    return isPossible ? 'possible' : 'impossible';
   }
 
   /** The next row: a piece of each member that is due, behind the batch's first chunk. Its last one comes when nothing else is left. */

@@ -17,6 +17,7 @@ import { MergedLog } from './merged-log.js';
 import { LAST_OF_BATCH, MergedOrder, appendRows, endOfOrder } from './merged-order.js';
 import type { NewOrderRow, OrderRow, Range } from './merged-order.js';
 import { Merger } from './merger.js';
+import { cutOrder } from './order-repair.js';
 import { READ_RANGES } from './statements.js';
 
 /** What a catching-up reader takes at once, about: rows of the order, chunks, and bytes of them. */
@@ -62,7 +63,7 @@ export class PostgresMergedLog extends MergedLog implements BeforeApplicationShu
     super();
     this.session = new SessionConnection({
       connectionString: config.DATABASE_URL,
-      kind: 'merged-log',
+      kind: 'merged-order',
       setup: [`SET synchronous_commit = ${config.DURABLE_CHUNKS === 'true' ? 'on' : 'off'}`],
       onLost: (error) => {
         this.logger.warn(`The connection that stores the order of merged logs was lost: ${error.message}`);
@@ -87,7 +88,7 @@ export class PostgresMergedLog extends MergedLog implements BeforeApplicationShu
   ): AsyncGenerator<LogBatch, void, void> {
     const batch = this.enter(batchId);
     const subscription = this.readers.add(batchId);
-    const catchUp = (cursor: number) => this.catchUp(batch, cursor, signal);
+    const catchUp = (cursor: number) => this.catchUp(batchId, batch, cursor, signal);
     try {
       yield* follow(subscription, after, { signal, idleMs, catchUp });
     } finally {
@@ -126,6 +127,7 @@ export class PostgresMergedLog extends MergedLog implements BeforeApplicationShu
 
   /** Sends the readers of a batch away. Who comes from now on begins anew. */
   private fail(batchId: string, batch: SharedBatch): void {
+    if (this.batches.get(batchId) !== batch) return;
     this.stop(batchId, batch);
     this.readers.close(batchId);
   }
@@ -154,20 +156,35 @@ export class PostgresMergedLog extends MergedLog implements BeforeApplicationShu
     // Before anything is read: what is known of the order holds as long as this connection does.
     await this.session.connected();
     batch.stopped.signal.throwIfAborted();
+    batch.merger?.stop(); // an earlier try
     batch.merger = merger;
-    await merger.start();
+    const found = await merger.start();
+    if (found === 'impossible') return this.repair(batchId, batch, members);
+    if (found === 'deleted') this.fail(batchId, batch);
     return members;
+  }
+
+  /** An older build has stored what no log holds: takes it away, and begins with the rest. */
+  private async repair(batchId: string, batch: SharedBatch, members: string[]): Promise<string[]> {
+    const position = await cutOrder(this.pool, batchId, { members, cuts: batch.order.cuts });
+    if (position !== undefined)
+      this.logger.warn(
+        { batchId, position },
+        'The order of a merged log was cut, and is made again from there.',
+      );
+    return this.begin(batchId, batch);
   }
 
   /** What is stored after a position; undefined once `signal` aborted, or the batch is not merged here any more. */
   private async catchUp(
+    batchId: string,
     batch: SharedBatch,
     cursor: number,
     signal: AbortSignal,
   ): Promise<StoredChunks | undefined> {
     let read = batch.reads.get(cursor);
     if (!read) {
-      read = this.readAfter(batch, cursor);
+      read = this.readAfter(batchId, batch, cursor);
       batch.reads.set(cursor, read);
     }
     try {
@@ -179,20 +196,30 @@ export class PostgresMergedLog extends MergedLog implements BeforeApplicationShu
   }
 
   private async readAfter(
-    { members, order, reads, stopped }: SharedBatch,
+    batchId: string,
+    batch: SharedBatch,
     cursor: number,
   ): Promise<StoredChunks | undefined> {
-    const logs = await members;
+    const logs = await batch.members;
     await nextTurn();
     // Who comes from now on was woken by something that this read may not see.
-    reads.delete(cursor);
-    return this.retried(
-      async () => this.readStored(logs, await order.after(cursor, READ_ROWS), cursor),
-      stopped.signal,
-    );
+    batch.reads.delete(cursor);
+    const stored = await this.retried(async () => {
+      const rows = await batch.order.after(cursor, READ_ROWS);
+      if (!rows || (rows.length === 0 && (await this.isBeyond(batch, cursor)))) return undefined;
+      return this.readStored(logs, rows, cursor);
+    }, batch.stopped.signal);
+    // The order, or what it holds, is not what it was: whoever comes next looks at both again.
+    if (!stored) this.fail(batchId, batch);
+    return stored;
   }
 
-  /** Undefined if the chunks were deleted. */
+  /** Whether the order ends before a position, which was cut off. */
+  private async isBeyond({ merger, order }: SharedBatch, cursor: number): Promise<boolean> {
+    return cursor > (merger?.last ?? 0) && cursor > (await order.end()).position;
+  }
+
+  /** Undefined if the chunks were deleted, or never were. */
   private async readStored(
     members: string[],
     rows: OrderRow[],

@@ -50,4 +50,8 @@ export class Batch {
   /** When retention deleted its merged log; those of its items follow. */
   @Column({ type: 'timestamptz', precision: 3, nullable: true })
   log_deleted_at: Date | null;
+
+  /** How often the stored order of its merged log was cut. */
+  @Column('integer', { default: 0 })
+  order_cuts: number;
 }

@@ -7,6 +7,7 @@ import { Recovery1795611915650 } from './1795611915650-Recovery.js';
 import { Batches1795631175840 } from './1795631175840-Batches.js';
 import { Counters1795821098661 } from './1795821098661-Counters.js';
 import { WorkerLeases1795821330017 } from './1795821330017-WorkerLeases.js';
+import { OrderCuts1795836000000 } from './1795836000000-OrderCuts.js';
 
 /** Every migration, oldest first. They only go forward. */
 export const migrations = [
@@ -19,4 +20,5 @@ export const migrations = [
   Batches1795631175840,
   Counters1795821098661,
   WorkerLeases1795821330017,
+  OrderCuts1795836000000,
 ];
