@@ -12,7 +12,7 @@ async function main() {
   const folder = await mkdtemp(join(tmpdir(), 'agent-studio-results-'));
   const sum = { passed: 0, failed: 0, inconclusive: 0 };
   try {
-    if ((await run('check', [], {})) !== 0) sum.failed++;
+    if ((await run('check', [], { EFFORT: 'full' })) !== 0) sum.failed++;
     else for (const script of ['test:jest', 'test:chaos']) await runTests(script, folder, sum);
   } finally {
     await rm(folder, { recursive: true });
