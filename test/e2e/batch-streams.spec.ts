@@ -8,6 +8,7 @@ import type { TestApp } from '../support/app.js';
 import { BatchRoutes, STREAM_BATCH, byItem, faultsOfMerged, linesOf } from '../support/batches.js';
 import { CallLedger, answerOf, markerOf } from '../support/call-ledger.js';
 import { saying } from '../support/deployments.js';
+import { rounds } from '../support/effort.js';
 import { expectByChance } from '../support/inconclusive.js';
 import { SlowReader } from '../support/slow-reader.js';
 import { Studio, faultsOfStream, textOf, until } from '../support/studio.js';
@@ -47,8 +48,8 @@ const itemsOf = (queries: string[]) => queries.map((query) => ({ query }));
 const callsOf = (queries: string[]) => ledger.calls.filter(({ marker }) => queries.includes(marker));
 const keyed = (key: string) => ({ 'Idempotency-Key': key });
 
-it('a hundred items at once stay apart: no chunk of one is in the stream of another, and all ids are right', async () => {
-  const queries = queriesOf(100);
+it('many items at once stay apart: no chunk of one is in the stream of another, and all ids are right', async () => {
+  const queries = queriesOf(rounds(100, 40));
   const items = queries.map((query, index) => ({ item_id: `item of ${index}`, query }));
   const stream = await elsewhere.stream({ deployment_name: deployment, items, concurrency: 100 });
   const frames = await stream.frames();
@@ -63,7 +64,7 @@ it('a hundred items at once stay apart: no chunk of one is in the stream of anot
     expect(faultsOfStream(log, chunk?.execution_id ?? '')).toEqual([]);
     expect(own.map(({ data }) => data)).toEqual(log.map(({ data }) => data));
   }
-  expect(callsOf(queries)).toHaveLength(100);
+  expect(callsOf(queries)).toHaveLength(queries.length);
 });
 
 it('a stream goes on after every event, at either process and by the repeated POST', async () => {
@@ -260,10 +261,11 @@ describe('the merged log', () => {
     expect(await batches.get(batchId)).toMatchObject({ status: 'completed', counts: { completed: 4 } });
   });
 
-  it.each([
-    ['whose order was complete before it was read', true],
+  const readers: [string, boolean][] = [
     ['that is just being merged', false],
-  ])(
+    ['whose order was complete before it was read', true],
+  ];
+  it.each(readers.slice(0, rounds(2, 1)))(
     '%s, deleted under a reader: its stream ends, and it is told why when it comes back',
     async (_name, isMerged) => {
       const template = `{% for i in (1..200) %}${'x'.repeat(500)}{% endfor %}`;

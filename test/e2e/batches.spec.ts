@@ -5,9 +5,12 @@ import type { TestApp } from '../support/app.js';
 import { BatchRoutes, EXECUTE_BATCH, STREAM_BATCH, byItem, faultsOfMerged } from '../support/batches.js';
 import type { Problem } from '../support/batches.js';
 import { saying } from '../support/deployments.js';
+import { rounds } from '../support/effort.js';
 import { Studio, textOf, until } from '../support/studio.js';
 
 const UNKNOWN = '01900000-0000-7000-8000-00000000ffff';
+/** How many items the largest batch here has. */
+const MANY = rounds(1000, 200);
 let server: TestApp;
 let batches: BatchRoutes;
 let deployment: string;
@@ -107,26 +110,26 @@ describe('a batch', () => {
     expect(after.status).toBe(204);
   });
 
-  it('of a thousand items is taken, read in pages without a gap, and its results come in order', async () => {
-    const { batch_id, executions } = await batches.accept(request(numbered(1000), { concurrency: 200 }));
-    expect(executions).toHaveLength(1000);
+  it(`of ${MANY} items is taken, read in pages without a gap, and its results come in order`, async () => {
+    const { batch_id, executions } = await batches.accept(request(numbered(MANY), { concurrency: 200 }));
+    expect(executions).toHaveLength(MANY);
     const pages: BatchDto['items'][] = [];
-    for (let query: string | undefined = '?limit=300'; query !== undefined;) {
+    for (let query: string | undefined = `?limit=${MANY * 0.3}`; query !== undefined;) {
       const { items, next_cursor } = await batches.get(batch_id, query);
       pages.push(items);
-      query = next_cursor === undefined ? undefined : `?limit=300&cursor=${next_cursor}`;
+      query = next_cursor === undefined ? undefined : `?limit=${MANY * 0.3}&cursor=${next_cursor}`;
     }
-    expect(pages.map(({ length }) => length)).toEqual([300, 300, 300, 100]);
+    expect(pages.map(({ length }) => length)).toEqual([0.3, 0.3, 0.3, 0.1].map((part) => part * MANY));
     expect(pages.flat().map(({ execution_id }) => execution_id)).toEqual(
       executions.map(({ execution_id }) => execution_id),
     );
     const defaults = await batches.get(batch_id, '');
     expect([defaults.items.length, defaults.next_cursor]).toEqual([100, '100']);
-    expect((await batches.get(batch_id, '?cursor=1000')).items).toEqual([]);
-    expect(await untilEnded(batch_id)).toMatchObject({ status: 'completed', counts: { completed: 1000 } });
+    expect((await batches.get(batch_id, `?cursor=${MANY}`)).items).toEqual([]);
+    expect(await untilEnded(batch_id)).toMatchObject({ status: 'completed', counts: { completed: MANY } });
     const results = await batches.results(batch_id);
     expect(results.map(({ index, response }) => `${index} ${response}`)).toEqual(
-      numbered(1000).map(({ query }, index) => `${index} You said ${query}.`),
+      numbered(MANY).map(({ query }, index) => `${index} You said ${query}.`),
     );
     expect(faultsOfMerged(await batches.whole(batch_id), batch_id)).toEqual([]);
   }, 60_000);

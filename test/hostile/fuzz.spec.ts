@@ -17,8 +17,8 @@ import type { Exchange } from './raw-exchange.js';
 
 /** `FUZZ_SEED` repeats the requests of a failure. */
 const SEED = Number(process.env.FUZZ_SEED ?? Math.floor(Math.random() * 2 ** 31));
-const REQUESTS = rounds(2500, 300);
-const MESSAGES_SENT = rounds(1000, 150);
+const REQUESTS = rounds(2500, 100);
+const MESSAGES_SENT = rounds(1000, 50);
 const AT_ONCE = 8;
 /** After so many requests what they are about is made anew: some of them delete it. */
 const RENEWED_AFTER = 100;

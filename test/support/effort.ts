@@ -1,3 +1,5 @@
+import { it } from '@jest/globals';
+
 const effort = process.env.EFFORT ?? 'quick';
 if (effort !== 'quick' && effort !== 'full') throw new Error(`EFFORT=${effort} is neither quick nor full.`);
 
@@ -8,3 +10,6 @@ export const IS_FULL = effort === 'full';
 export function rounds(full: number, quick: number): number {
   return IS_FULL ? full : quick;
 }
+
+/** A test that has no smaller form, or a dear neighbour of one that always runs: it is skipped unless {@link IS_FULL}. */
+export const itInFull: typeof it = IS_FULL ? it : (it.skip as typeof it);

@@ -1,6 +1,7 @@
 import { describe, expect, it } from '@jest/globals';
 import { AppError } from '../../src/errors.js';
 import { compileGraph } from '../../src/engine/graph.js';
+import { itInFull, rounds } from '../support/effort.js';
 import {
   compile,
   connect,
@@ -13,6 +14,8 @@ import {
 } from './engine-support.js';
 
 const models = new ScriptedModels();
+/** How many faults a hostile body has. */
+const MANY = rounds(300_000, 30_000);
 const big = { maxAgents: 10_000, maxConnections: 100_000 };
 
 function faultsIn(configuration: unknown, limits = LIMITS) {
@@ -90,10 +93,10 @@ describe('the shape of a definition', () => {
   });
 
   it('does not answer a hostile body with faults without end', () => {
-    const unknown = Object.fromEntries(Array.from({ length: 300_000 }, (_, n) => [`x${n}`, 1]));
+    const unknown = Object.fromEntries(Array.from({ length: MANY }, (_, n) => [`x${n}`, 1]));
     expect(faultsIn({ agents: [{ ...template('a'), ...unknown }] })).toHaveLength(100);
-    expect(() => compile([{ ...template('a'), ...unknown }])).toThrow('(and 299999 more)');
-    const forbidden = Array.from({ length: 300_000 }, () => ({ prototype: 1 }));
+    expect(() => compile([{ ...template('a'), ...unknown }])).toThrow(`(and ${MANY - 1} more)`);
+    const forbidden = Array.from({ length: MANY }, () => ({ prototype: 1 }));
     expect(faultsIn({ agents: [template('a')], metadata: { forbidden } })).toHaveLength(100);
   });
 
@@ -242,7 +245,7 @@ describe('the meaning of a definition', () => {
     expect(faults[0]?.detail.length).toBeLessThan(400);
   });
 
-  it('survives dense graphs, with and without a cycle', () => {
+  itInFull('survives dense graphs, with and without a cycle', () => {
     const ids = Array.from({ length: 400 }, (_, index) => `n${index}`);
     const agents = ids.map((id) => template(id, ''));
     const connections = ids.flatMap((source, from) =>
@@ -254,7 +257,7 @@ describe('the meaning of a definition', () => {
     expect(faults).toHaveLength(1);
   });
 
-  it('survives ten thousand conditions', () => {
+  itInFull('survives ten thousand conditions', () => {
     const connections = Array.from({ length: 10_000 }, (_, index) =>
       connect('a', 'b', `size(output) > ${index}`),
     );

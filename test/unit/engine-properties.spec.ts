@@ -16,7 +16,7 @@ import {
 } from './engine-support.js';
 import { rounds } from '../support/effort.js';
 
-const RUNS = rounds(300, 100);
+const RUNS = rounds(300, 60);
 const seed = Date.now() % 2 ** 31;
 
 /** Said in the report of a failure, and by `console.info` of each run, so that it can be repeated. */
