@@ -7,7 +7,7 @@ import type { ClientRun } from '../support/chaos-clients.js';
 import { rounds } from '../support/effort.js';
 
 /** With Redis fewer, since only the queue differs. */
-const ROUNDS = rounds(QUEUE === 'postgres' ? 8 : 4, 4);
+const ROUNDS = rounds(QUEUE === 'postgres' ? 5 : 4, 4);
 const RUNS_A_ROUND = 5;
 const PIECES = 4;
 /** A whole test; only ends one that hangs. */
