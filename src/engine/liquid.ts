@@ -51,11 +51,11 @@ export function renderLiquid(parsed: ParsedTemplate[], values: Record<string, un
 export function explainLiquid(error: unknown): Error {
   const original = error instanceof Error && 'originalError' in error ? error.originalError : error;
   if (original instanceof EvaluationLimitError) return original;
-  if (original instanceof RangeError) {
-    const isDeep = /call stack/.test(original.message);
-    return new EvaluationLimitError(isDeep ? 'it is nested too deeply' : 'its text is too long', 'size');
-  }
   if (!(error instanceof Error)) return new Error('it failed for an unknown reason');
+  // Where the stack ends decides how often LiquidJS has wrapped this one.
+  if (error.message.startsWith('Maximum call stack size exceeded'))
+    return new EvaluationLimitError('it is nested too deeply', 'size');
+  if (original instanceof RangeError) return new EvaluationLimitError('its text is too long', 'size');
   const [, limited] = /(memory alloc|template render) limit exceeded/.exec(error.message) ?? [];
   if (limited === undefined) return error;
   return new EvaluationLimitError(error.message, limited === 'memory alloc' ? 'size' : 'time');

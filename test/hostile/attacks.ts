@@ -1,6 +1,10 @@
+import { Client } from 'pg';
 import type { TestDatabase } from '../support/database.js';
+import { rounds } from '../support/effort.js';
+import { echo, upstreamAgent } from '../support/studio.js';
 import type { Studio } from '../support/studio.js';
 import type { ServerProcess } from '../support/studio-process.js';
+import { chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 import type { UpstreamAnswer } from '../support/upstream.js';
 
 /** What is attacked. */
@@ -56,14 +60,38 @@ const saying = (count: number, template: string) => ({
   })),
 });
 
-/** Deploys a workflow and executes it once. */
+/** Deploys a workflow and executes it so many times at once. */
 async function execute(
   { studio }: Target,
   configuration: Parameters<Studio['deploy']>[0],
   body: object = {},
+  count = 1,
 ): Promise<string[]> {
-  const deployment_name = await studio.deploy(configuration);
-  return [await endWithin(studio.execute({ deployment_name, query: 'x', ...body }))];
+  const deployment_name = await studio.deploy(configuration, { allowed_overrides: ['variables'] });
+  const request = { deployment_name, query: 'x', ...body };
+  return Promise.all(times(count, () => endWithin(studio.execute(request))));
+}
+
+/** So many template agents, each of which says a variable of almost 1 MiB, in JSON, 29 times. */
+const repeating = (target: Target, agents: number, x: string) =>
+  execute(target, saying(agents, '{{ variables.x }}'.repeat(29)), {
+    runtime_overrides: { variables: { x } },
+  });
+
+/** Runs `work` while another client holds the rows of all deployments locked, as one does that is cut off while it deploys. */
+async function whileDeploymentsAreLocked<Result>(
+  { database }: Target,
+  work: () => Promise<Result>,
+): Promise<Result> {
+  const client = new Client({ connectionString: database.url });
+  await client.connect();
+  try {
+    await client.query('BEGIN');
+    await client.query('SELECT 1 FROM deployment FOR UPDATE');
+    return await work();
+  } finally {
+    await client.end();
+  }
 }
 
 const post = ({ studio }: Target, path: string, body: unknown) =>
@@ -108,6 +136,48 @@ export const ATTACKS: Attack[] = [
         `{% capture ${name} %}x{% endcapture %}` +
         `{% capture ${name} %}{{ ${name} }}{{ ${name} }}{% endcapture %}`.repeat(28);
       return execute(target, saying(1, `${double('t')}${double('u')}{% if t == u %}same{% endif %}`));
+    },
+  },
+  {
+    name: 'a megabyte of control characters, which agents repeat until no string can hold it',
+    ends: ['output_too_large'],
+    run: (target) => repeating(target, 22, '\u0001'.repeat(170_000)),
+  },
+  {
+    name: 'a megabyte of plain text, which agents repeat until no statement can hold it',
+    ends: ['output_too_large'],
+    run: (target) => repeating(target, 100, 'x'.repeat(170_000)),
+  },
+  {
+    name: 'many queries of almost a megabyte at once',
+    ends: ['200'],
+    run: (target) => execute(target, echo(), { query: 'x'.repeat(1_000_000) }, rounds(40, 10)),
+  },
+  {
+    name: 'a model that reports more tokens than a number can hold',
+    ends: ['200'],
+    run: (target) => {
+      const tokens = 2 ** 31 - 1;
+      target.serve((response) => {
+        const usage = { prompt_tokens: tokens, completion_tokens: tokens, total_tokens: tokens };
+        writeStream(response, chatDelta('text'), chatEnd(usage));
+        response.end();
+      });
+      const [writer] = upstreamAgent().agents;
+      const agents = ['first', 'second'].map((agent_id) => ({ ...writer, agent_id }));
+      return execute(target, { agents }, {}, rounds(20, 5));
+    },
+  },
+  {
+    name: 'executions of deployments that another client has locked',
+    ends: ['200'],
+    run: async (target) => {
+      const deployment_name = await target.studio.deploy(echo());
+      return whileDeploymentsAreLocked(target, () =>
+        Promise.all(
+          times(rounds(20, 5), () => endWithin(target.studio.execute({ deployment_name, query: 'x' }))),
+        ),
+      );
     },
   },
 ];

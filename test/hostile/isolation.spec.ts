@@ -7,7 +7,11 @@ import { withProcesses } from '../support/with-processes.js';
 import { ATTACKS } from './attacks.js';
 
 let answer: UpstreamAnswer = (response) => response.end();
-const system = withProcesses({ upstream: (response, request) => answer(response, request) });
+const system = withProcesses({
+  upstream: (response, request) => answer(response, request),
+  // A quarter of the default, so that an attack on it takes seconds.
+  env: { MAX_EXECUTION_OUTPUT: String(2 ** 24) },
+});
 let server: ServerProcess | undefined;
 
 describe('another client loses nothing and waits for nobody while somebody sends', () => {
