@@ -91,6 +91,8 @@ const schema = z.object({
   DATABASE_SLOW_POOL_SIZE: integer(1, 100, 2),
   DATABASE_SLOW_TIMEOUT_MS: integer(1000, 3_600_000, 30_000),
   DATABASE_SLOW_QUEUE: integer(1, 10_000, 20),
+  NOTIFICATION_QUEUE_WATCH_MS: integer(100, 60_000, 5000),
+  NOTIFICATION_QUEUE_WARN_PERCENT: integer(1, 100, 50),
   DATA_DIR: z.string().min(1).default('./data'),
   REDIS_URL: url(['redis:', 'rediss:']).optional(),
   ROLE: z.enum(['all', 'api', 'worker']).default('all'),

@@ -134,6 +134,11 @@ export class Metrics {
     help: 'How long ago the oldest of them was',
     registers: [this.registry],
   });
+  readonly notificationQueueUsage = new Gauge({
+    name: 'agent_studio_notification_queue_usage',
+    help: 'How full the queue is in which the whole PostgreSQL server keeps notifications, from 0 to 1; at 1 nothing runs',
+    registers: [this.registry],
+  });
   readonly slowStatementsWaiting = new Gauge({
     name: 'agent_studio_slow_statements_waiting',
     help: 'Statements that may take long and wait for a connection of their own pool',

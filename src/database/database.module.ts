@@ -6,6 +6,7 @@ import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { createDataSource, migrate } from './data-source.js';
 import { SlowPool } from './slow-pool.js';
+import { NotificationQueue } from './notification-queue.js';
 import { Notifications } from './notifications.js';
 import { sessionConfig } from './session.js';
 
@@ -22,6 +23,7 @@ import { sessionConfig } from './session.js';
     }),
   ],
   providers: [
+    NotificationQueue,
     Notifications,
     SlowPool,
     {
@@ -34,7 +36,7 @@ import { sessionConfig } from './session.js';
         }),
     },
   ],
-  exports: [Notifications, Pool, SlowPool],
+  exports: [NotificationQueue, Notifications, Pool, SlowPool],
 })
 export class DatabaseModule implements OnApplicationShutdown {
   private readonly logger = new Logger(DatabaseModule.name);

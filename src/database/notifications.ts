@@ -2,14 +2,29 @@ import { Inject, Injectable, Logger } from '@nestjs/common';
 import type { OnApplicationShutdown, OnModuleInit } from '@nestjs/common';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
+import { GroupCommit } from './group-commit.js';
+import { NotificationQueue } from './notification-queue.js';
 import { SessionConnection } from './session-connection.js';
-import { retryWhileUnavailable } from './unavailable.js';
+import { isNotificationQueueFull, retryWhileUnavailable } from './unavailable.js';
+
+/** Notifications that wait for a connection which does not take them, or for PostgreSQL to answer. */
+const MOST_WAITING = 10_000;
+
+const SEND = {
+  name: 'notifications-send',
+  text: 'SELECT pg_notify(channel, payload) FROM unnest($1::text[], $2::text[]) AS sent (channel, payload)',
+};
 
 /** What a part of the server does about notifications on its channel. */
 export interface NotificationHandler {
   onNotification: (payload: string) => void;
   /** Called with each new connection: what was sent while there was none is lost. */
   onConnect?: () => void;
+}
+
+interface Notification {
+  channel: string;
+  payload: string;
 }
 
 /**
@@ -21,13 +36,19 @@ export class Notifications implements OnModuleInit, OnApplicationShutdown {
   private readonly logger = new Logger(Notifications.name);
   private readonly handlers = new Map<string, NotificationHandler>();
   private readonly shutdown = new AbortController();
-  /** A connection takes one statement at a time. */
-  private turn: Promise<void> = Promise.resolve();
+  /** A connection takes one statement at a time: what comes meanwhile goes into the next one, all of it. */
+  private readonly sends = new GroupCommit<Notification, void>((sent) => this.notify(sent), {
+    mostItems: MOST_WAITING,
+  });
+  private waiting = 0;
   private readonly session: SessionConnection;
   // A notification takes a lock of the whole database until its commit, which must not wait for the disk.
   private readonly setup = ['SET synchronous_commit = off'];
 
-  constructor(@Inject(CONFIG) config: ServerConfig) {
+  constructor(
+    @Inject(CONFIG) config: ServerConfig,
+    private readonly queue: NotificationQueue,
+  ) {
     this.session = new SessionConnection({
       connectionString: config.DATABASE_URL,
       kind: 'notifications',
@@ -61,17 +82,25 @@ export class Notifications implements OnModuleInit, OnApplicationShutdown {
     this.setup.push(`LISTEN ${channel}`);
   }
 
-  /** Sends payloads of less than 8,000 bytes each, in one statement. */
-  send(channel: string, payloads: string[]): Promise<void> {
-    const sent = this.turn.then(async () => {
-      await this.session.query({
-        name: 'notifications-send',
-        text: 'SELECT pg_notify($1, payload) FROM unnest($2::text[]) AS payload',
-        values: [channel, payloads],
-      });
-    });
-    this.turn = sent.catch(() => undefined); // its caller is told
-    return sent;
+  /** Sends payloads of less than 8,000 bytes each. Rejects as pg does, and at once if too many wait already. */
+  async send(channel: string, payloads: string[]): Promise<void> {
+    if (this.waiting + payloads.length > MOST_WAITING)
+      throw new Error(`${this.waiting} notifications wait already: these are not sent.`);
+    this.waiting += payloads.length;
+    await Promise.all(
+      payloads.map((payload) => this.sends.add({ channel, payload }).finally(() => this.waiting--)),
+    );
+  }
+
+  private async notify(sent: Notification[]): Promise<void[]> {
+    const values = [sent.map(({ channel }) => channel), sent.map(({ payload }) => payload)];
+    try {
+      await this.session.query({ ...SEND, values });
+    } catch (error) {
+      if (isNotificationQueueFull(error)) this.queue.refused();
+      throw error;
+    }
+    return sent.map(() => undefined);
   }
 
   private async connect(): Promise<void> {

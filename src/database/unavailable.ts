@@ -39,7 +39,15 @@ export class NeverWrittenError extends Error {
 
 /** True if the connection was lost or refused, or the server can't work for anybody. Whose statement it was doesn't matter. */
 export function isOutage(error: unknown): boolean {
-  return matches(error, (code) => OUTAGE_SQLSTATE.test(code) || OUTAGE_NETWORK.has(code), OUTAGE_MESSAGE);
+  return (
+    matches(error, (code) => OUTAGE_SQLSTATE.test(code) || OUTAGE_NETWORK.has(code), OUTAGE_MESSAGE) ||
+    isNotificationQueueFull(error)
+  );
+}
+
+/** True if nothing can be notified since some listener does not take what was. Its SQLSTATE (54000) stands for other limits, too. */
+export function isNotificationQueueFull(error: unknown): boolean {
+  return error instanceof Error && 'routine' in error && error.routine === 'PreCommit_Notify';
 }
 
 /** True if a statement met its limit: the server works, and smaller statements, or the same one later, may succeed. */

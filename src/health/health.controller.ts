@@ -3,7 +3,7 @@ import type { OnModuleDestroy } from '@nestjs/common';
 import { ApiExcludeEndpoint, ApiTags } from '@nestjs/swagger';
 import { HealthCheck, HealthCheckService, HealthIndicatorService } from '@nestjs/terminus';
 import type { HealthCheckResult, HealthIndicatorResult } from '@nestjs/terminus';
-import { Pool } from 'pg';
+import { NotificationQueue } from '../database/notification-queue.js';
 import { AppError } from '../errors.js';
 import { Metrics } from '../metrics.js';
 import { ExecutionQueue } from '../queue/execution-queue.js';
@@ -19,7 +19,7 @@ export class HealthController implements OnModuleDestroy {
   constructor(
     private readonly health: HealthCheckService,
     private readonly indicators: HealthIndicatorService,
-    private readonly pool: Pool,
+    private readonly notifications: NotificationQueue,
     private readonly queue: ExecutionQueue,
     private readonly metrics: Metrics,
   ) {}
@@ -36,14 +36,19 @@ export class HealthController implements OnModuleDestroy {
   async ready(): Promise<HealthCheckResult> {
     if (this.isClosing) throw new AppError('unavailable', 'The server is shutting down.', { retryAfter: 1 });
     const parts = [
-      () => this.probe('database', () => this.pool.query('SELECT 1')),
-      () => this.probe('queue', () => this.queue.size()),
+      () =>
+        this.probe('database', async () => ({
+          notification_queue_usage: await this.notifications.measure(),
+        })),
+      () => this.probe('queue', async () => void (await this.queue.size())),
     ];
-    return this.health.check(parts).catch((error: unknown) => {
-      throw new AppError('unavailable', `Not ready: ${nameParts(error)} can not be reached.`, {
-        retryAfter: 1,
-      });
+    const result = await this.health.check(parts).catch((error: unknown) => {
+      throw notReady(`${nameParts(error)} can not be reached`);
     });
+    if (!this.notifications.isFull) return result;
+    throw notReady(
+      "PostgreSQL's queue of notifications is full, so that nothing can run (see operations.md)",
+    );
   }
 
   /** From here on, new requests should go elsewhere, while what runs here is given time to end. */
@@ -61,10 +66,16 @@ export class HealthController implements OnModuleDestroy {
     return this.metrics.registry.metrics();
   }
 
-  private probe(name: string, ask: () => Promise<unknown>): PromiseLike<HealthIndicatorResult> {
-    const attempt = this.indicators.check(name).attempt(async () => void (await ask()));
-    return attempt.withTimeout(PROBE_TIMEOUT_MS);
+  private probe(
+    name: string,
+    ask: () => Promise<Record<string, unknown> | void>,
+  ): PromiseLike<HealthIndicatorResult> {
+    return this.indicators.check(name).attempt(ask).withTimeout(PROBE_TIMEOUT_MS);
   }
+}
+
+function notReady(reason: string): AppError {
+  return new AppError('unavailable', `Not ready: ${reason}.`, { retryAfter: 1 });
 }
 
 function nameParts(error: unknown): string {
