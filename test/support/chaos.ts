@@ -246,7 +246,10 @@ function textOf(error: unknown): string {
 
 const hasRedis = spawnSync('redis-server', ['--version']).status === 0;
 
-/** `describe`, but for a queue in Redis where there is no Redis; with `CI` its absence is a failure. */
+/**
+ * `describe`, but for a queue in Redis on a machine that has no Redis: the server needs none, so its developers may have none
+ * either, and can run the rest. The gate (`CI`) installs Redis, and there its absence is a failure.
+ */
 export function describeChaos(name: string, tests: () => void): void {
   if (QUEUE === 'postgres' || hasRedis || process.env.CI) describe(name, tests);
   else describe.skip(`${name}: redis-server is not installed`, tests);

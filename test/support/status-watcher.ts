@@ -44,7 +44,8 @@ export class StatusWatcher {
       const leaving = new AbortController();
       const url = this.urls[randomInt(this.urls.length)] ?? '';
       const most = this.messages.length + randomInt(1, 12);
-      const timer = setTimeout(() => leaving.abort(), 700); // it may be the last piece, or empty
+      // No condition can say that a stream has nothing more for now, so a reader whose piece does not come leaves after a while.
+      const timer = setTimeout(() => leaving.abort(), 700);
       try {
         const response = await fetch(url + this.path, { headers, signal: leaving.signal });
         await this.read(response, () => this.messages.length >= most);
