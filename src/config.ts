@@ -2,8 +2,8 @@ import { existsSync } from 'node:fs';
 import { z } from 'zod';
 
 const MAX_TIMER_MS = 2_147_483_647;
-/** What is said together becomes one text, of which JSON takes six times as many characters; V8 has texts of up to 2^29. */
-const MAX_OUTPUT_CHARACTERS = 67_108_864;
+/** Bytes of JSON: what is said together is read, written and sent in one piece. */
+const MAX_OUTPUT_BYTES = 67_108_864;
 const PROVIDER_NAME = /^[a-z0-9][a-z0-9_-]*$/;
 
 const integer = (min: number, max: number, fallback: number) =>
@@ -108,8 +108,8 @@ const schema = z.object({
   EXECUTION_TIMEOUT_S: integer(1, 86_400, 300),
   EVALUATION_THREADS: integer(1, 64, 2),
   EVALUATION_BUDGET_MS: integer(1, 3_600_000, 2000),
-  MAX_AGENT_OUTPUT: integer(1000, MAX_OUTPUT_CHARACTERS, 50_331_648),
-  MAX_EXECUTION_OUTPUT: integer(1000, MAX_OUTPUT_CHARACTERS, MAX_OUTPUT_CHARACTERS),
+  MAX_AGENT_OUTPUT: integer(1000, MAX_OUTPUT_BYTES, 50_331_648),
+  MAX_EXECUTION_OUTPUT: integer(1000, MAX_OUTPUT_BYTES, MAX_OUTPUT_BYTES),
   EVENT_RETENTION_DAYS: integer(1, 36_500, 30),
   CORS_ORIGINS: origins,
   MAX_CLIENT_CONNECTIONS: integer(1, 1_000_000, 10_000),

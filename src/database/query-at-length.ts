@@ -24,11 +24,11 @@ export function queryLarge<Row extends QueryResultRow>(
   pool: Pool,
   { name, text, values }: { name: string; text: string; values: unknown[] },
 ): Promise<QueryResult<Row>> {
-  const characters = values.reduce(
-    (sum: number, value) => sum + (typeof value === 'string' ? value.length : 0),
+  const length = values.reduce(
+    (sum: number, value) => sum + (typeof value === 'string' || Buffer.isBuffer(value) ? value.length : 0),
     0,
   );
-  return characters > MOST_BYTES
+  return length > MOST_BYTES
     ? queryAtLength<Row>(pool, { text, values })
     : pool.query<Row>({ name, text, values });
 }

@@ -1,6 +1,6 @@
 import { OutputLimitError } from '../errors.js';
 
-/** Characters (UTF-16 code units) that one agent, and all agents of an execution together, may say. */
+/** Bytes of JSON in UTF-8 that one agent, and all agents of an execution together, may say: what storing and sending it costs. */
 export interface OutputLimits {
   agent: number;
   execution: number;
@@ -13,8 +13,8 @@ export class OutputMeter {
   constructor(private readonly limits: OutputLimits) {}
 
   /** Counts what an earlier attempt has kept. */
-  restore(characters: number): void {
-    this.total += characters;
+  restore(bytes: number): void {
+    this.total += bytes;
   }
 
   /** Throws {@link OutputLimitError} before an agent that has said `said` characters says `more` than it may. */
@@ -23,13 +23,13 @@ export class OutputMeter {
     if (said + more > agent) {
       throw new OutputLimitError(
         'agent',
-        `The agent "${agentId}" says more than ${agent} characters, which is the limit of an agent.`,
+        `The agent "${agentId}" says more than ${agent} bytes, which is the limit of an agent.`,
       );
     }
     if (this.total + more > execution) {
       throw new OutputLimitError(
         'execution',
-        `The agents of this execution say more than ${execution} characters together, which is the limit of an execution.`,
+        `The agents of this execution say more than ${execution} bytes together, which is the limit of an execution.`,
       );
     }
     this.total += more;

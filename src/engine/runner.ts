@@ -1,5 +1,6 @@
 import { setMaxListeners } from 'node:events';
 import { AppError, type ErrorCode } from '../errors.js';
+import { jsonBytes } from '../json-text.js';
 import type { ModelRegistry, ModelUsage } from '../models/model-registry.js';
 import type { AgentContext, Source, StepError } from './agents/agent.js';
 import type { AgentOverrides, ChatMessage, RuntimeOverrides } from './definition.js';
@@ -80,6 +81,8 @@ interface StepState {
   undecided: number;
   readonly taken: Set<GraphConnection>;
   text: string;
+  /** Of the text, as {@link jsonBytes} counts. */
+  bytes: number;
   result?: StepResult;
 }
 
@@ -112,6 +115,7 @@ class Run {
         undecided: agent.incoming.length,
         taken: new Set(),
         text: '',
+        bytes: 0,
       });
     }
   }
@@ -149,7 +153,7 @@ class Run {
     if (stored === undefined || stored.status === 'cancelled') return undefined;
     state.result = stored;
     state.text = stored.output;
-    this.output.restore(stored.output.length);
+    this.output.restore(jsonBytes(stored.output));
     this.failUnlessHandled(state, stored);
     return this.decide(state, stored);
   }
@@ -313,7 +317,9 @@ class Run {
   private emit(state: StepState, text: string): Promise<void> | undefined {
     this.stop.signal.throwIfAborted();
     if (text === '') return undefined;
-    this.output.add(state.agent.agent_id, state.text.length, text.length);
+    const bytes = jsonBytes(text);
+    this.output.add(state.agent.agent_id, state.bytes, bytes);
+    state.bytes += bytes;
     state.text += text;
     const failed = (error: unknown): never => {
       this.observerFailed(error);

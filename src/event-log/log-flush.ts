@@ -1,7 +1,7 @@
 import { Logger } from '@nestjs/common';
 import type { Pool } from 'pg';
 import { BUSY, IsolatedWrites } from '../database/isolated-writes.js';
-import { ROW_SEPARATOR } from '../database/row-separator.js';
+import { ROW_SEPARATOR } from '../database/text-parameter.js';
 import type { SessionConnection } from '../database/session-connection.js';
 import type { Metrics } from '../metrics.js';
 import { FlushSchedule } from './flush-schedule.js';

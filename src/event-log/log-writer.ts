@@ -1,9 +1,10 @@
 import { storableText } from '../database/storable-text.js';
-import { MOST_LINE_BYTES } from '../line-limit.js';
 import type { TerminalStatus } from '../executions/status.js';
+import { cutText, slicesOf } from '../json-text.js';
+import { MOST_LINE_BYTES } from '../line-limit.js';
 import { ChunkSerializer } from './chunk.js';
 import type { ChunkContent } from './chunk.js';
-import { SHORT_TEXT, cutText, slicesOf } from './chunk-lines.js';
+import { SHORT_TEXT } from './chunk-lines.js';
 import { FencedError } from './event-log.js';
 import type { ExecutionEnd, LogBatch, LogOwner, LogWriter, TextContent } from './event-log.js';
 

@@ -5,9 +5,10 @@ import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
 import { GroupCommit, MOST_BYTES } from '../database/group-commit.js';
 import { BUSY } from '../database/isolated-writes.js';
+import { joinRows, jsonOf } from '../database/text-parameter.js';
+import type { TextParameter } from '../database/text-parameter.js';
 import { queryLarge } from '../database/query-at-length.js';
 import { SessionConnection } from '../database/session-connection.js';
-import { ROW_SEPARATOR } from '../database/row-separator.js';
 import { ClosedError, isOutage, retryWhileUnavailable } from '../database/unavailable.js';
 import { isFinal } from '../executions/status.js';
 import type { ExecutionStatus, TerminalStatus } from '../executions/status.js';
@@ -56,7 +57,7 @@ interface WriterEnd {
   writer: ExecutionLogWriter;
   end: WrittenEnd;
   /** `end.response` as JSON. */
-  response: string;
+  response: TextParameter;
 }
 
 /**
@@ -152,8 +153,8 @@ export class PostgresEventLog
     this.flushes.request(writer);
   }
 
-  end(writer: ExecutionLogWriter, end: WrittenEnd): Promise<TerminalStatus | undefined> {
-    return this.ends.add({ writer, end, response: JSON.stringify(end.response) });
+  async end(writer: ExecutionLogWriter, end: WrittenEnd): Promise<TerminalStatus | undefined> {
+    return this.ends.add({ writer, end, response: await jsonOf(end.response) });
   }
 
   /**
@@ -228,14 +229,14 @@ export class PostgresEventLog
       ends.map((end) => end.status),
       ends.map((end) => end.code ?? null),
       ends.map((end) => end.error ?? null),
-      items.map(({ response }) => response).join(ROW_SEPARATOR),
+      joinRows(items.map(({ response }) => response)),
       ends.map((end) => end.input_tokens),
       ends.map((end) => end.output_tokens),
       ends.map((end) => end.first_chunk_at ?? null),
       ends.map((end) => end.finished_at),
       ends.map((end) => end.sequence),
-      ends.map((end) => end.chunk).join(ROW_SEPARATOR),
-      ends.map((end) => end.cancelled_chunk).join(ROW_SEPARATOR),
+      joinRows(ends.map((end) => end.chunk)),
+      joinRows(ends.map((end) => end.cancelled_chunk)),
     ];
     const { rows } = await queryLarge<EndedRow>(this.pool, { ...END, values });
     const ended = new Map(rows.map((row) => [keyOf(row), row.status]));

@@ -4,7 +4,8 @@ import { Pool } from 'pg';
 import { GroupCommit } from '../database/group-commit.js';
 import type { Step } from '../database/entities/step.entity.js';
 import { BUSY } from '../database/isolated-writes.js';
-import { ROW_SEPARATOR } from '../database/row-separator.js';
+import { joinRows, jsonOf } from '../database/text-parameter.js';
+import type { TextParameter } from '../database/text-parameter.js';
 import { queryLarge } from '../database/query-at-length.js';
 import { storableText } from '../database/storable-text.js';
 import { ClosedError } from '../database/unavailable.js';
@@ -60,7 +61,7 @@ export interface StepOwner {
 type StepRow = Pick<Step, 'step_id'>;
 
 /** `json` is the output as JSON; empty if there is none. */
-type Save = Step & StepOwner & { json: string };
+type Save = Step & StepOwner & { json: TextParameter };
 
 /** Writes steps, those of all executions that change in the same moment in one statement. */
 @Injectable()
@@ -89,8 +90,8 @@ export class StepStore implements OnApplicationShutdown {
    * Resolves after the commit, however long the database is away, or when a newer attempt shuts this one out. Saves of the same
    * step keep their order. Rejects if this step can't be written.
    */
-  save(step: Step, owner: StepOwner): Promise<void> {
-    const json = step.output === null ? '' : JSON.stringify(step.output);
+  async save(step: Step, owner: StepOwner): Promise<void> {
+    const json = step.output === null ? '' : await jsonOf(step.output);
     return this.saves.add({ ...step, ...owner, json });
   }
 
@@ -105,7 +106,7 @@ export class StepStore implements OnApplicationShutdown {
       steps.map((step) => step.agent_id),
       steps.map((step) => step.status),
       steps.map((step) => step.attempt),
-      steps.map((step) => step.json).join(ROW_SEPARATOR),
+      joinRows(steps.map((step) => step.json)),
       steps.map((step) => (step.error === null ? null : storableText(step.error))),
       steps.map((step) => step.code),
       steps.map((step) => step.input_tokens),

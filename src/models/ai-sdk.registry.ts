@@ -15,8 +15,8 @@ import { createUpstreamFetch } from './upstream-fetch.js';
 const MAX_KEPT_MODELS = 200;
 const MAX_NAME_LENGTH = 300;
 
-/** Of a provider's answer so many bytes are kept for each character that an agent may say, and for what is beside them. */
-const BYTES_OF_CHARACTER = 3;
+/** Of a provider's answer so many bytes are kept for each that an agent may say, as it may escape more, and for what is beside them. */
+const BYTES_OF_BYTE = 3;
 const BYTES_BESIDE = 1024 * 1024;
 
 /** The documented defaults, spelled out, because the AI SDK would look into the environment for others. */
@@ -50,7 +50,7 @@ export class AiSdkModelRegistry extends ModelRegistry {
     super();
     this.fetch = createUpstreamFetch(
       this.connections,
-      config.MAX_AGENT_OUTPUT * BYTES_OF_CHARACTER + BYTES_BESIDE,
+      config.MAX_AGENT_OUTPUT * BYTES_OF_BYTE + BYTES_BESIDE,
     );
     this.providers = new Map(Object.entries(config.MODEL_PROVIDERS));
   }

@@ -9,8 +9,6 @@ import { ATTACKS } from './attacks.js';
 let answer: UpstreamAnswer = (response) => response.end();
 const system = withProcesses({
   upstream: (response, request) => answer(response, request),
-  // Less than the default, since an attack on it takes seconds, and the JSON of one long response keeps the event loop.
-  env: { MAX_EXECUTION_OUTPUT: String(2 ** 22) },
 });
 let server: ServerProcess | undefined;
 

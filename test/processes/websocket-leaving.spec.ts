@@ -11,11 +11,11 @@ import { Upstream, chatDelta, writeStream } from '../support/upstream.js';
 import { WsClient } from '../support/ws-client.js';
 
 const MIB = 1024 * 1024;
-/** After so long nothing may be left of a thousand clients. */
+/** After so long nothing may be left of hundreds of clients. */
 const FREED_MS = 10_000;
 /** Counting objects takes seconds where others use the processor, too. */
 const COUNTED_MS = 60_000;
-const WAVES = 20;
+const WAVES = 10;
 /** Clients of a wave that leave in the middle of their streams, and as many that leave before the first byte of them. */
 const HALF_WAVE = 25;
 /** Long enough for the server to be at something else by then; a peer may take three times as long. */
@@ -59,15 +59,21 @@ function startServer(env: Record<string, string>): Promise<ServerProcess> {
   });
 }
 
+async function toldBy(of: ServerProcess) {
+  return {
+    sockets: await of.metric('agent_studio_open_websockets'),
+    subscriptions: await of.metric('agent_studio_websocket_subscriptions'),
+    tcp: await of.clientConnections(),
+  };
+}
+
 /** What a server has open for clients: exact, and each of it 0 in a server that has none. */
 async function openFor(of: ServerProcess) {
   const readers = (await of.held('event-log/log-subscriptions.js', 'LogSubscription')).count;
   const connections = (await of.held('websocket/client-connection.js', 'ClientConnection')).count;
   const counted = await database.query('SELECT 1 FROM execution_subscriber WHERE count > 0');
   return {
-    sockets: await of.metric('agent_studio_open_websockets'),
-    subscriptions: await of.metric('agent_studio_websocket_subscriptions'),
-    tcp: await of.clientConnections(),
+    ...(await toldBy(of)),
     readers,
     connections,
     subscribers: counted.length,
@@ -83,8 +89,16 @@ const NOTHING = {
   subscribers: 0,
 };
 
-const untilOpen = (expected: Partial<typeof NOTHING>, of = server) =>
-  untilPasses(async () => expect(await openFor(of)).toMatchObject(expected), COUNTED_MS);
+/** What it says is asked again and again; its objects, which hold it up for a second, are counted once that is right. */
+async function untilOpen(expected: Partial<typeof NOTHING>, of = server): Promise<void> {
+  const told = {
+    ...(expected.sockets !== undefined && { sockets: expected.sockets }),
+    ...(expected.subscriptions !== undefined && { subscriptions: expected.subscriptions }),
+    ...(expected.tcp !== undefined && { tcp: expected.tcp }),
+  };
+  await untilPasses(async () => expect(await toldBy(of)).toMatchObject(told), COUNTED_MS);
+  await untilPasses(async () => expect(await openFor(of)).toMatchObject(expected), COUNTED_MS);
+}
 
 /** A client in the middle of a stream. */
 async function inTheMiddle(query = 'silent'): Promise<WsClient> {
@@ -160,7 +174,7 @@ async function openInAll(of: ServerProcess) {
   };
 }
 
-it('1,000 clients that are reset, half of them before anything of their streams came, leave nothing behind', async () => {
+it('hundreds of clients that are reset, half of them before anything of their streams came, leave nothing behind', async () => {
   const wave = async () => {
     const middle = await Promise.all(Array.from({ length: HALF_WAVE }, () => inTheMiddle()));
     const beginning = await Promise.all(Array.from({ length: HALF_WAVE }, () => WsClient.open(server.url)));

@@ -1,6 +1,6 @@
 import { describe, expect, it } from '@jest/globals';
 import fc from 'fast-check';
-import { cutText, slicesOf } from '../../src/event-log/chunk-lines.js';
+import { cutText, jsonBytes, slicesOf } from '../../src/json-text.js';
 import { toJson } from '../../src/event-log/chunk.js';
 
 /** Characters of every length in JSON, pairs and lone surrogates among them. */
@@ -25,6 +25,14 @@ const splitsNoPair = (pieces: string[]) =>
   pieces.every(
     (piece, index) => !(/[\ud800-\udbff]$/.test(piece) && /^[\udc00-\udfff]/.test(pieces[index + 1] ?? '')),
   );
+
+it('counts the bytes that a text takes in the JSON of a stream', () => {
+  fc.assert(
+    fc.property(texts, (text) => {
+      expect(jsonBytes(text)).toBe(Buffer.byteLength(toJson(text)) - 2);
+    }),
+  );
+});
 
 describe('a text that is cut', () => {
   it('fits into its lines, and is the same again when they are joined', () => {
