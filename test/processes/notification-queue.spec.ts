@@ -2,10 +2,12 @@ import { afterAll, afterEach, beforeAll, expect, it } from '@jest/globals';
 import { Client } from 'pg';
 import { SmallNotificationQueue } from '../support/small-notification-queue.js';
 import { ServerProcess } from '../support/studio-process.js';
-import { Studio, until, untilPasses, upstreamAgent } from '../support/studio.js';
+import { Studio, faultsOfStream, until, untilPasses, upstreamAgent } from '../support/studio.js';
 import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 
 const LOG = 'agent_studio_log';
+/** `tcp_user_timeout` is 30 s, and the system looks at it now and then. */
+const CUT_OFF_MS = 90_000;
 const USAGE = 'agent_studio_notification_queue_usage';
 
 let queue: SmallNotificationQueue;
@@ -78,3 +80,26 @@ it('a full queue that somebody else holds up is said by the probe and the metric
     await foreign.end();
   }
 }, 120_000);
+
+it('a process that is stopped is cut off before the queue is full, and is there again when it goes on', async () => {
+  const studio = new Studio((await start()).url);
+  const stopped = await start();
+  const deployment_name = await studio.deploy(upstreamAgent());
+  const listeners = () =>
+    queue.query("SELECT 1 FROM pg_stat_activity WHERE application_name = 'agent-studio/notifications'");
+  const before = await listeners();
+  stopped.process.kill('SIGSTOP');
+  try {
+    // More than its socket takes, so that its connection keeps what was sent.
+    await queue.fill(0.5, [LOG]);
+    await until(async () => (await listeners()).length < before.length, CUT_OFF_MS);
+    await until(async () => (await queue.usage()) < 0.1);
+    expect((await studio.execute({ deployment_name, query: 'meanwhile' })).status).toBe(200);
+  } finally {
+    stopped.process.kill('SIGCONT');
+  }
+  await until(async () => (await listeners()).length === before.length);
+  const { executionId } = await studio.stream({ deployment_name, query: 'after it' });
+  const frames = await (await new Studio(stopped.url).follow(executionId)).frames();
+  expect(faultsOfStream(frames, executionId)).toEqual([]);
+}, 180_000);
