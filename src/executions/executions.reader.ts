@@ -10,6 +10,7 @@ import { AppError } from '../errors.js';
 import { isRequestOf } from './executions.acceptance.js';
 import { ExecutionDto, StepDto } from './executions.dto.js';
 import { ExecutionsList } from './executions.list.js';
+import { IS_COMPLETED } from './status.js';
 import { Subscribers } from './subscribers.js';
 import type {
   ExecuteDto,
@@ -28,6 +29,32 @@ const POSITION = {
              ORDER BY first_sequence DESC LIMIT 1) AS stored_sequence
       FROM execution WHERE execution_id = $1`,
 };
+
+/** What is answered with the end of an execution. One that failed has no use for its text, which may be long. */
+const RESULT = {
+  name: 'execution-result',
+  text: `
+    SELECT execution_id, status, code, error, deployment_name, workflow_id, deployment_id, input_tokens, output_tokens,
+           created_at, finished_at, CASE WHEN status ${IS_COMPLETED} THEN response END AS response
+      FROM execution WHERE execution_id = $1`,
+};
+
+/** What {@link ExecutionsReader.result} finds. */
+export type ExecutionResult = Pick<
+  Execution,
+  | 'execution_id'
+  | 'status'
+  | 'code'
+  | 'error'
+  | 'deployment_name'
+  | 'workflow_id'
+  | 'deployment_id'
+  | 'input_tokens'
+  | 'output_tokens'
+  | 'created_at'
+  | 'finished_at'
+  | 'response'
+>;
 
 interface Position {
   status: Execution['status'];
@@ -75,8 +102,14 @@ export class ExecutionsReader {
     return { items, next_cursor: next };
   }
 
+  /** The end of an execution, with its response if it is completed. Rejects with `execution_not_found`. */
+  async result(executionId: string): Promise<ExecutionResult> {
+    const { rows } = await this.pool.query<ExecutionResult>({ ...RESULT, values: [executionId] });
+    return rows[0] ?? notFound();
+  }
+
   async steps(executionId: string): Promise<StepListDto> {
-    await this.find(executionId);
+    await this.state(executionId);
     const rows = await this.allSteps.find({
       where: { execution_id: executionId },
       order: { started_at: { direction: 'ASC', nulls: 'LAST' }, step_id: 'ASC' },
@@ -85,7 +118,7 @@ export class ExecutionsReader {
   }
 
   async progress(executionId: string): Promise<ProgressDto> {
-    const { status, revision_id } = await this.find(executionId);
+    const { status, revision_id } = await this.state(executionId);
     const [total, steps] = await Promise.all([
       this.deployments.countSteps(revision_id),
       // Without the outputs: this is asked for again and again.
@@ -105,6 +138,17 @@ export class ExecutionsReader {
       progress: completed / total,
       running_agents: running.map((step) => step.agent_id),
     };
+  }
+
+  /** What there is to know without reading what the execution was asked and said. */
+  private async state(executionId: string): Promise<Pick<Execution, 'status' | 'revision_id'>> {
+    const state = isUuid(executionId)
+      ? await this.executions.findOne({
+          where: { execution_id: executionId },
+          select: { status: true, revision_id: true },
+        })
+      : null;
+    return state ?? notFound();
   }
 
   /**

@@ -10,6 +10,7 @@ import { ExecutionsAcceptance } from './executions.acceptance.js';
 import { ExecutionAcceptedDto, ExecutionDto, executionLinks } from './executions.dto.js';
 import type { ExecuteDto, ExecuteResponseDto } from './executions.dto.js';
 import { ExecutionsReader } from './executions.reader.js';
+import type { ExecutionResult } from './executions.reader.js';
 import { RunningExecutions } from './running-executions.js';
 import { Subscribers, onceOver } from './subscribers.js';
 import { untilFinal } from './until-final.js';
@@ -52,7 +53,7 @@ export class ExecutionsService {
         if (batch.terminal) break;
       }
     }
-    return resultOf(await this.reader.find(execution_id));
+    return resultOf(await this.reader.result(execution_id));
   }
 
   /** Accepts an execution that the caller does not wait for. */
@@ -110,7 +111,7 @@ export function nameExecution(response: Response, executionId: string): void {
 }
 
 /** Throws what ended the execution, if it is not `completed`. */
-function resultOf(execution: Execution): ExecuteResponseDto {
+function resultOf(execution: ExecutionResult): ExecuteResponseDto {
   const { execution_id, status, deployment_name, workflow_id, deployment_id } = execution;
   if (status === 'cancelled') throw new AppError('cancelled', `The execution ${execution_id} was cancelled.`);
   if (status === 'error')

@@ -9,6 +9,8 @@ import { ATTACKS } from './attacks.js';
 let answer: UpstreamAnswer = (response) => response.end();
 const system = withProcesses({
   upstream: (response, request) => answer(response, request),
+  // Less than the default, for an attack in a few seconds, beside which another file's tests run.
+  env: { MAX_EXECUTION_OUTPUT: String(2 ** 24) },
 });
 let server: ServerProcess | undefined;
 
