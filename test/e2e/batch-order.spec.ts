@@ -4,6 +4,7 @@ import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
 import { BatchRoutes, faultsOfMerged, linesOf } from '../support/batches.js';
 import { CallLedger, markerOf } from '../support/call-ledger.js';
+import { itInFull } from '../support/effort.js';
 import { Random } from '../support/random.js';
 import { Studio, until } from '../support/studio.js';
 
@@ -96,7 +97,7 @@ describe('a worker that was overtaken while another process merges its batch', (
 describe('what is heard of a log that is not so', () => {
   const seed = Number(process.env.SEED ?? randomInt(2 ** 31));
 
-  it(`makes no reader wait, and none miss or repeat anything (SEED=${seed})`, async () => {
+  itInFull(`makes no reader wait, and none miss or repeat anything (SEED=${seed})`, async () => {
     const random = new Random(seed);
     const { queries, batchId, ids } = await begin(5);
     const readings = [batches, elsewhere].flatMap((at) => [at.whole(batchId), at.whole(batchId)]);

@@ -8,7 +8,7 @@ import type { TestApp } from '../support/app.js';
 import { BatchRoutes, STREAM_BATCH, byItem, faultsOfMerged, linesOf } from '../support/batches.js';
 import { CallLedger, answerOf, markerOf } from '../support/call-ledger.js';
 import { saying } from '../support/deployments.js';
-import { rounds } from '../support/effort.js';
+import { itInFull, rounds } from '../support/effort.js';
 import { expectByChance } from '../support/inconclusive.js';
 import { SlowReader } from '../support/slow-reader.js';
 import { Studio, faultsOfStream, textOf, until } from '../support/studio.js';
@@ -265,7 +265,7 @@ describe('the merged log', () => {
     ['that is just being merged', false],
     ['whose order was complete before it was read', true],
   ];
-  it.each(readers.slice(0, rounds(2, 1)))(
+  itInFull.each(readers)(
     '%s, deleted under a reader: its stream ends, and it is told why when it comes back',
     async (_name, isMerged) => {
       const template = `{% for i in (1..200) %}${'x'.repeat(500)}{% endfor %}`;

@@ -175,7 +175,7 @@ it('a cancellation that races the end is either kept or refused, never acknowled
   const outcomes = { 202: 0, 409: 0 };
   // Cancels earlier after each run that was faster and later after each that was not, so that both keep happening.
   let delay = 5;
-  for (let round = 0; round < rounds(150, 20); round++) {
+  for (let round = 0; round < rounds(150, 12); round++) {
     const stream = await studio.stream({ deployment_name: deployment, query: 'x' });
     const id = stream.executionId;
     if (delay > 0) await sleep(delay);

@@ -8,6 +8,7 @@ import type { TestApp } from '../support/app.js';
 import { DeploymentRoutes } from '../support/deployments.js';
 import type { Deployment } from '../support/deployments.js';
 import { EARLIER_END, endsOf } from '../support/earlier-end.js';
+import { rounds } from '../support/effort.js';
 import { insertExecutions } from '../support/ended-executions.js';
 import { Studio, echo, until } from '../support/studio.js';
 
@@ -58,6 +59,9 @@ async function holdDeployment(deploymentId: string): Promise<void> {
   await holder.query(`UPDATE deployment SET status = status WHERE deployment_id = $1`, [deploymentId]);
 }
 
+/** How often each deployment is executed whose ends are held up. */
+const EACH = rounds(17, 5);
+
 describe('a deployment that somebody has locked', () => {
   it('keeps no execution from its end, its own neither, and the counters hold all ends at once', async () => {
     const names = await Promise.all([1, 2, 3].map(() => studio.deploy(echo())));
@@ -65,12 +69,12 @@ describe('a deployment that somebody has locked', () => {
     const { deployment_id } = await read(held);
     await holdDeployment(deployment_id);
     const answers = await Promise.all(
-      Array.from({ length: 51 }, (_, index) =>
+      Array.from({ length: 3 * EACH }, (_, index) =>
         studio.execute<{ status: string }>({ deployment_name: names[index % 3], query: 'x' }),
       ),
     );
     expect(answers.map(({ status }) => status)).toEqual(answers.map(() => 200));
-    const all = { execution_count: 17, success_count: 17, error_count: 0, cancelled_count: 0 };
+    const all = { execution_count: EACH, success_count: EACH, error_count: 0, cancelled_count: 0 };
     for (const name of names) expect(counts(await read(name))).toEqual(all);
     const listed = await studio.json<{ items: Counters[] }>('/api/deployments');
     expect(listed.body.items.find((item) => item.deployment_name === held)).toMatchObject(all);
@@ -80,7 +84,7 @@ describe('a deployment that somebody has locked', () => {
     expect(statistics.body).toMatchObject(all);
     // Others are not kept from being added, and the locked one is left for later.
     for (const name of others) await allAdded((await read(name)).deployment_id);
-    expect(await waiting(deployment_id)).toBe(17);
+    expect(await waiting(deployment_id)).toBe(EACH);
     await holder.query('ROLLBACK');
     await allAdded(deployment_id);
     for (const name of names) expect(counts(await read(name))).toEqual(all);
@@ -127,6 +131,7 @@ describe('the counters of deployments', () => {
   });
 
   it('are exact while ends, two processes that add them, and some that die while they do come together', async () => {
+    const [executions, ends] = [rounds(10, 3), rounds(5, 1)];
     const other = await startTestApp({}, server.database);
     const client = new Client({ connectionString: server.database.url });
     await client.connect();
@@ -159,18 +164,23 @@ describe('the counters of deployments', () => {
       const statuses = ['completed', 'error', 'cancelled'];
       await Promise.all([
         ...deployments.flatMap(({ deployment_name }) =>
-          Array.from({ length: 10 }, () => studio.execute({ deployment_name, query: 'x' })),
+          Array.from({ length: executions }, () => studio.execute({ deployment_name, query: 'x' })),
         ),
         ...deployments.flatMap((deployment) =>
           statuses.map(async (status) => {
-            for (let round = 0; round < 5; round++) {
+            for (let round = 0; round < ends; round++) {
               await query(EARLIER_END.text, endsOf(await unfinished(deployment, 2), status));
             }
           }),
         ),
       ]).finally(() => (ended = true));
       await Promise.all(background);
-      const expected = { execution_count: 40, success_count: 20, error_count: 10, cancelled_count: 10 };
+      const expected = {
+        execution_count: executions + 6 * ends,
+        success_count: executions + 2 * ends,
+        error_count: 2 * ends,
+        cancelled_count: 2 * ends,
+      };
       for (const { deployment_id, deployment_name } of deployments) {
         expect(counts(await read(deployment_name))).toEqual(expected);
         await allAdded(deployment_id);

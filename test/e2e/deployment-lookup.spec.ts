@@ -9,6 +9,7 @@ import type { TestApp } from '../support/app.js';
 import { createTestDatabase } from '../support/database.js';
 import { DeploymentRoutes, saying } from '../support/deployments.js';
 import type { Deployment } from '../support/deployments.js';
+import { itInFull } from '../support/effort.js';
 import { failureOf } from '../support/models.js';
 
 const NUL = String.fromCharCode(0);
@@ -121,7 +122,7 @@ describe('the seeded example', () => {
     }
   });
 
-  it('is made once by processes that are at it in the same moment', async () => {
+  itInFull('is made once by processes that are at it in the same moment', async () => {
     const one = await startTestApp({ SEED_EXAMPLE: 'true' });
     try {
       const seed = one.app.get(ExampleSeed);

@@ -2,6 +2,7 @@ import { randomUUID } from 'node:crypto';
 import { connect } from 'node:net';
 import { beforeAll, describe, expect, it } from '@jest/globals';
 import { Subscribers } from '../../src/executions/subscribers.js';
+import { itInFull } from '../support/effort.js';
 import { faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
 import { chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 import { withStudio } from '../support/with-studio.js';
@@ -72,7 +73,7 @@ describe('the clients of an execution', () => {
     expect(ended).not.toHaveProperty('disconnected_at');
   });
 
-  it('are forgotten when the process that counted them has died', async () => {
+  itInFull('are forgotten when the process that counted them has died', async () => {
     const query = randomUUID();
     const stream = await studio.stream({ deployment_name: deployment, query });
     const id = stream.executionId;
@@ -174,24 +175,27 @@ describe('an execution that lost its clients', () => {
     }
   });
 
-  it('goes on if it never had a client, be it that somebody asked for the head of its stream', async () => {
-    const query = randomUUID();
-    const body = { deployment_name: impatient, query, on_disconnect: 'cancel' };
-    const { body: accepted } = await studio.json<{ execution_id: string }>('/api/workflows/execute/async', {
-      method: 'POST',
-      body,
-    });
-    await until(() => finish.has(query) || undefined);
-    const head = await fetch(`${server.url}/api/executions/${accepted.execution_id}/stream`, {
-      method: 'HEAD',
-    });
-    expect(head.status).toBe(200);
-    // Several times the grace, and longer than a worker takes to look: here it is the time itself that is tested.
-    await new Promise((resolve) => setTimeout(resolve, 1500));
-    finish.get(query)?.();
-    const ended = await stateWith(accepted.execution_id, ({ status }) => status !== 'running');
-    expect(ended).toMatchObject({ status: 'completed', response: 'so far so good' });
-  });
+  itInFull(
+    'goes on if it never had a client, be it that somebody asked for the head of its stream',
+    async () => {
+      const query = randomUUID();
+      const body = { deployment_name: impatient, query, on_disconnect: 'cancel' };
+      const { body: accepted } = await studio.json<{ execution_id: string }>('/api/workflows/execute/async', {
+        method: 'POST',
+        body,
+      });
+      await until(() => finish.has(query) || undefined);
+      const head = await fetch(`${server.url}/api/executions/${accepted.execution_id}/stream`, {
+        method: 'HEAD',
+      });
+      expect(head.status).toBe(200);
+      // Several times the grace, and longer than a worker takes to look: here it is the time itself that is tested.
+      await new Promise((resolve) => setTimeout(resolve, 1500));
+      finish.get(query)?.();
+      const ended = await stateWith(accepted.execution_id, ({ status }) => status !== 'running');
+      expect(ended).toMatchObject({ status: 'completed', response: 'so far so good' });
+    },
+  );
 });
 
 it('leaves no count behind, and no process after its shutdown', async () => {

@@ -1,6 +1,7 @@
 import { randomUUID } from 'node:crypto';
 import { expect, it } from '@jest/globals';
 import { ExecutionQueue } from '../../src/queue/execution-queue.js';
+import { itInFull, rounds } from '../support/effort.js';
 import { echo, faultsOfStream, until, upstreamAgent } from '../support/studio.js';
 import { chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 import { withStudio } from '../support/with-studio.js';
@@ -26,37 +27,40 @@ const queue = () => system.app.get(ExecutionQueue, { strict: false });
 
 it('jobs without an execution leave every slot at once, and the queue', async () => {
   const deployment = await studio.deploy(echo());
-  await queue().add(Array.from({ length: 10 * SLOTS }, () => randomUUID()));
+  await queue().add(Array.from({ length: rounds(10, 3) * SLOTS }, () => randomUUID()));
   const answer = await studio.execute({ deployment_name: deployment, query: 'x' });
   expect(answer.status).toBe(200);
   await until(async () => (await database.query('SELECT 1 FROM bullmq.job')).length === 0);
 });
 
-it('an execution that only waits for its model has none of its rows written, while its lease is renewed', async () => {
-  hold();
-  const deployment = await studio.deploy(upstreamAgent());
-  const runs = await Promise.all(
-    Array.from({ length: SLOTS }, () => studio.stream({ deployment_name: deployment, query: 'x' })),
-  );
-  const writes = async () => {
-    const rows = await database.query<{ name: string; updates: string }>(
-      `SELECT relname AS name, n_tup_upd::text AS updates FROM pg_stat_user_tables
-        WHERE relname IN ('execution', 'job', 'worker_lease')`,
+itInFull(
+  'an execution that only waits for its model has none of its rows written, while its lease is renewed',
+  async () => {
+    hold();
+    const deployment = await studio.deploy(upstreamAgent());
+    const runs = await Promise.all(
+      Array.from({ length: SLOTS }, () => studio.stream({ deployment_name: deployment, query: 'x' })),
     );
-    return Object.fromEntries(rows.map(({ name, updates }) => [name, Number(updates)]));
-  };
-  await until(async () => system.upstream.requests.length === SLOTS);
-  // PostgreSQL counts a connection's writes a second after them.
-  let before = await writes();
-  await until(async () => {
-    const now = await writes();
-    const isQuiet = now.execution === before.execution && now.job === before.job;
-    if (!isQuiet) before = now;
-    return isQuiet && (now.worker_lease ?? 0) >= (before.worker_lease ?? 0) + 4;
-  });
-  letGo();
-  for (const run of runs) expect(faultsOfStream(await run.frames(), run.executionId)).toEqual([]);
-});
+    const writes = async () => {
+      const rows = await database.query<{ name: string; updates: string }>(
+        `SELECT relname AS name, n_tup_upd::text AS updates FROM pg_stat_user_tables
+        WHERE relname IN ('execution', 'job', 'worker_lease')`,
+      );
+      return Object.fromEntries(rows.map(({ name, updates }) => [name, Number(updates)]));
+    };
+    await until(async () => system.upstream.requests.length === SLOTS);
+    // PostgreSQL counts a connection's writes a second after them.
+    let before = await writes();
+    await until(async () => {
+      const now = await writes();
+      const isQuiet = now.execution === before.execution && now.job === before.job;
+      if (!isQuiet) before = now;
+      return isQuiet && (now.worker_lease ?? 0) >= (before.worker_lease ?? 0) + 4;
+    });
+    letGo();
+    for (const run of runs) expect(faultsOfStream(await run.frames(), run.executionId)).toEqual([]);
+  },
+);
 
 it('a process whose lease another one took lets go of everything, takes a new one and goes on', async () => {
   hold();

@@ -3,6 +3,7 @@ import { ExecutionsSweep } from '../../src/executions/executions.sweep.js';
 import { Retention } from '../../src/executions/retention.js';
 import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
+import { itInFull } from '../support/effort.js';
 import { Studio, echo, faultsOfStream, until, upstreamAgent } from '../support/studio.js';
 import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 
@@ -139,24 +140,27 @@ describe('the chunks of an execution', () => {
     expect((await eventsOf(deployment)).length).toBeGreaterThan(0);
   });
 
-  it('that are deleted under a reader end its stream, and it is told why when it comes back', async () => {
-    const deployment = await studio.deploy(upstreamAgent({ model: 'upstream/long' }));
-    const { body } = await studio.execute<Execution>({ deployment_name: deployment, query: 'x' });
-    const id = body.execution_id;
-    const stream = await studio.follow(id);
-    const reader = stream[Symbol.asyncIterator]();
-    const first = await reader.next();
-    expect(first.done).toBe(false);
-    await age(id, RETENTION_DAYS);
-    await expire();
-    expect(await chunksOf(id)).toHaveLength(0);
-    let last = 1;
-    for (;;) {
-      const { done, value } = await reader.next();
-      if (done) break;
-      expect(value.chunk.sequence).toBe(++last);
-    }
-    expect(last).toBeLessThan(LONG_TEXT_CHUNKS);
-    expect((await studio.follow(id, last)).status).toBe(410);
-  });
+  itInFull(
+    'that are deleted under a reader end its stream, and it is told why when it comes back',
+    async () => {
+      const deployment = await studio.deploy(upstreamAgent({ model: 'upstream/long' }));
+      const { body } = await studio.execute<Execution>({ deployment_name: deployment, query: 'x' });
+      const id = body.execution_id;
+      const stream = await studio.follow(id);
+      const reader = stream[Symbol.asyncIterator]();
+      const first = await reader.next();
+      expect(first.done).toBe(false);
+      await age(id, RETENTION_DAYS);
+      await expire();
+      expect(await chunksOf(id)).toHaveLength(0);
+      let last = 1;
+      for (;;) {
+        const { done, value } = await reader.next();
+        if (done) break;
+        expect(value.chunk.sequence).toBe(++last);
+      }
+      expect(last).toBeLessThan(LONG_TEXT_CHUNKS);
+      expect((await studio.follow(id, last)).status).toBe(410);
+    },
+  );
 });

@@ -8,6 +8,7 @@ import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
 import { DeploymentRoutes } from '../support/deployments.js';
 import type { Deployment } from '../support/deployments.js';
+import { rounds } from '../support/effort.js';
 import { forgetStatistics, insertExecutions } from '../support/ended-executions.js';
 import type { EndedExecution } from '../support/ended-executions.js';
 import { Studio } from '../support/studio.js';
@@ -103,7 +104,7 @@ it('percentiles are within 2 % of the exact ones, whatever the durations are', a
         if (values.length > 0) near(values, step.duration_ms, ['p50', 'p95']);
       }
     }),
-    { numRuns: 12 },
+    { numRuns: rounds(12, 4) },
   );
 });
 

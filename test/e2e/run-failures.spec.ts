@@ -301,7 +301,7 @@ describe('a terminal chunk comes before the first step', () => {
     const clients = [client, new Studio(second.url)];
     try {
       const deployment = await client.deploy(nothing);
-      for (let round = 0; round < rounds(20, 6); round++) {
+      for (let round = 0; round < rounds(20, 3); round++) {
         const stream = await client.stream({ deployment_name: deployment, query: 'x' });
         const id = stream.executionId;
         const elsewhere = await Promise.all(clients.map((at) => at.follow(id)));

@@ -5,6 +5,7 @@ import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
 import { createTestDatabase, runStatement } from '../support/database.js';
 import type { TestDatabase } from '../support/database.js';
+import { itInFull } from '../support/effort.js';
 import { Studio, echo, faultsOfStream, until } from '../support/studio.js';
 
 /** What an administrator may have given to a database. Each of them has broken a statement, or would. */
@@ -105,7 +106,7 @@ describe('a database with settings of its own', () => {
 });
 
 describe('a search_path with which the tables were made', () => {
-  it('is asked for in words, and no second set of tables is made', async () => {
+  itInFull('is asked for in words, and no second set of tables is made', async () => {
     const database = await createTestDatabase();
     try {
       await (await startTestApp({}, database)).close();
@@ -127,7 +128,7 @@ describe('a search_path with which the tables were made', () => {
 });
 
 describe('a process that is cut off inside of a transaction', () => {
-  it('holds its locks for some seconds, and others go on', async () => {
+  itInFull('holds its locks for some seconds, and others go on', async () => {
     const server = await startTestApp();
     try {
       const studio = new Studio(server.url);

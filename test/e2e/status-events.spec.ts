@@ -3,7 +3,7 @@ import { Client } from 'pg';
 import type { StatusChange, StatusSnapshot } from '../../src/status-events/status-event.js';
 import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
-import { rounds } from '../support/effort.js';
+import { itInFull, rounds } from '../support/effort.js';
 import { StatusWatcher } from '../support/status-watcher.js';
 import { Studio, echo, until, upstreamAgent } from '../support/studio.js';
 import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
@@ -102,7 +102,7 @@ describe('who watches', () => {
   it('misses and repeats nothing under load, whenever it begins, at whichever process, and however often it is cut off', async () => {
     const deployment = await studio.deploy(echo());
     const path = `${ALL}?deployment_name=${deployment}`;
-    const runs = rounds(150, 80);
+    const runs = rounds(150, 30);
     let begun = 0;
     let ended = false;
     const watchers: { watcher: StatusWatcher; reading: Promise<void> }[] = [];
@@ -134,7 +134,7 @@ describe('who watches', () => {
       return rows[0]?.sequence ? Number(rows[0].sequence) : undefined;
     });
     await Promise.all(watchers.map(({ reading }) => reading));
-    expect(watchers.length).toBeGreaterThanOrEqual(10);
+    expect(watchers.length).toBeGreaterThanOrEqual(rounds(10, 3));
     for (const { watcher } of watchers) {
       const [snapshot, ...changes] = watcher.messages as [StatusSnapshot, ...StatusChange[]];
       expect(snapshot.type).toBe('snapshot');
@@ -239,23 +239,26 @@ describe('who watches', () => {
     expect(commits).toBeLessThan(10_000);
   });
 
-  it('is sent away for a moment, and nobody else is harmed, while a stopped process holds the numbering', async () => {
-    const deployment = await studio.deploy(echo());
-    const stopped = new Client(server.database.url);
-    await stopped.connect();
-    try {
-      await stopped.query('SELECT pg_advisory_lock(7061923419)');
-      const [refused, ran] = await Promise.all([fetch(server.url + ALL), run(deployment)]);
-      expect(refused.status).toBe(503);
-      expect(Number(refused.headers.get('retry-after'))).toBeGreaterThan(0);
-      expect(ran.status).toBe(200);
-    } finally {
-      await stopped.end();
-    }
-    const watcher = await watch(ALL);
-    expect(await until(() => watcher.messages[0])).toMatchObject({ type: 'snapshot' });
-    watcher.leave();
-  });
+  itInFull(
+    'is sent away for a moment, and nobody else is harmed, while a stopped process holds the numbering',
+    async () => {
+      const deployment = await studio.deploy(echo());
+      const stopped = new Client(server.database.url);
+      await stopped.connect();
+      try {
+        await stopped.query('SELECT pg_advisory_lock(7061923419)');
+        const [refused, ran] = await Promise.all([fetch(server.url + ALL), run(deployment)]);
+        expect(refused.status).toBe(503);
+        expect(Number(refused.headers.get('retry-after'))).toBeGreaterThan(0);
+        expect(ran.status).toBe(200);
+      } finally {
+        await stopped.end();
+      }
+      const watcher = await watch(ALL);
+      expect(await until(() => watcher.messages[0])).toMatchObject({ type: 'snapshot' });
+      watcher.leave();
+    },
+  );
 
   it('is served, and no other execution waits, while very many changes are not numbered yet', async () => {
     const deployment = await studio.deploy(echo());

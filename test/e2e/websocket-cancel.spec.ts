@@ -2,7 +2,7 @@ import { randomUUID } from 'node:crypto';
 import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
 import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
-import { rounds } from '../support/effort.js';
+import { itInFull, rounds } from '../support/effort.js';
 import { Studio, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
 import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 import { WsClient } from '../support/ws-client.js';
@@ -104,7 +104,7 @@ describe('cancel', () => {
     await client.close();
   });
 
-  it('before the start ends the execution without running it', async () => {
+  itInFull('before the start ends the execution without running it', async () => {
     const idle = await startTestApp({ ROLE: 'api' });
     const client = await WsClient.open(idle.url);
     try {

@@ -5,7 +5,7 @@ import type { Socket } from 'node:net';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from '@jest/globals';
 import { startTestApp } from '../support/app.js';
 import type { TestApp } from '../support/app.js';
-import { rounds } from '../support/effort.js';
+import { itInFull, rounds } from '../support/effort.js';
 import { Studio, echo, until } from '../support/studio.js';
 import { WsClient } from '../support/ws-client.js';
 
@@ -243,34 +243,40 @@ describe('a message that is none of ours is refused, and the socket lives on', (
   });
 });
 
-it('10,000 pings at once, of either kind, are answered or put together, and the next message is', async () => {
+const PINGS = rounds(10_000, 1000);
+
+it(`${PINGS} pings at once, of either kind, are answered or put together, and the next message is`, async () => {
   const client = await WsClient.open(app.url);
-  for (let count = 0; count < 10_000; count++) client.webSocket.ping();
-  const ids = Array.from({ length: 10_000 }, () => client.send('ping'));
+  for (let count = 0; count < PINGS; count++) client.webSocket.ping();
+  const ids = Array.from({ length: PINGS }, () => client.send('ping'));
   await client.answer(({ id }) => id === ids.at(-1));
   expect(client.answers.map(({ id }) => id)).toEqual(ids);
   expect(client.pongs).toBeGreaterThan(0);
   await client.close();
 });
 
-it('a client that asks on and on and reads nothing is not read any more', async () => {
-  const client = await WsClient.open(app.url);
-  client.socket.pause();
-  const message = JSON.stringify({ event: 'dance', id: 'x'.repeat(200) });
-  // More than what all buffers on the way hold: it stays unsent once the server has stopped reading.
-  const unsent = () => client.webSocket.bufferedAmount;
-  let sent = 0;
-  await until(async () => {
-    const before = unsent();
-    for (let count = 0; count < 2000; count++, sent++) client.sendText(message);
-    await new Promise((resolve) => setImmediate(resolve));
-    return before > 8 * MAX_BODY_BYTES;
-  });
-  client.socket.resume();
-  // It is read on as soon as it reads.
-  await client.until(() => client.answers.length === sent);
-  await client.close();
-}, 60_000);
+itInFull(
+  'a client that asks on and on and reads nothing is not read any more',
+  async () => {
+    const client = await WsClient.open(app.url);
+    client.socket.pause();
+    const message = JSON.stringify({ event: 'dance', id: 'x'.repeat(200) });
+    // More than what all buffers on the way hold: it stays unsent once the server has stopped reading.
+    const unsent = () => client.webSocket.bufferedAmount;
+    let sent = 0;
+    await until(async () => {
+      const before = unsent();
+      for (let count = 0; count < 2000; count++, sent++) client.sendText(message);
+      await new Promise((resolve) => setImmediate(resolve));
+      return before > 8 * MAX_BODY_BYTES;
+    });
+    client.socket.resume();
+    // It is read on as soon as it reads.
+    await client.until(() => client.answers.length === sent);
+    await client.close();
+  },
+  60_000,
+);
 
 it('a deep, a huge and a hostile text leave the answers to others alone', async () => {
   const [hostile, other] = [await WsClient.open(app.url), await WsClient.open(app.url)];

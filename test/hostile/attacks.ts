@@ -20,6 +20,8 @@ export interface Target {
 export interface Attack {
   /** As the name of a test: what harms nobody else. */
   name: string;
+  /** It has megabytes to send or to work on, and runs in full effort only. */
+  isDear?: boolean;
   /** Attacks, and resolves with how each request of it ended: {@link endOf}. */
   run(target: Target): Promise<string[]>;
   /** The ends that are documented for it. */
@@ -101,6 +103,7 @@ const post = ({ studio }: Target, path: string, body: unknown) =>
 export const ATTACKS: Attack[] = [
   {
     name: 'a batch of far too many items, none of which is one',
+    isDear: true,
     ends: ['validation_failed'],
     run: async (target) => [
       await post(
@@ -140,16 +143,19 @@ export const ATTACKS: Attack[] = [
   },
   {
     name: 'a megabyte of control characters, which agents repeat until no string can hold it',
+    isDear: true,
     ends: ['output_too_large'],
     run: (target) => repeating(target, 22, '\u0001'.repeat(170_000)),
   },
   {
     name: 'a megabyte of plain text, which agents repeat until no statement can hold it',
+    isDear: true,
     ends: ['output_too_large'],
     run: (target) => repeating(target, 100, 'x'.repeat(170_000)),
   },
   {
     name: 'many queries of almost a megabyte at once',
+    isDear: true,
     ends: ['200'],
     run: (target) => execute(target, echo(), { query: 'x'.repeat(1_000_000) }, 10),
   },

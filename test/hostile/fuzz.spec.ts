@@ -17,8 +17,8 @@ import type { Exchange } from './raw-exchange.js';
 
 /** `FUZZ_SEED` repeats the requests of a failure. */
 const SEED = Number(process.env.FUZZ_SEED ?? Math.floor(Math.random() * 2 ** 31));
-const REQUESTS = rounds(2500, 100);
-const MESSAGES_SENT = rounds(1000, 50);
+const REQUESTS = rounds(2500, 20);
+const MESSAGES_SENT = rounds(1000, 10);
 const AT_ONCE = 8;
 /** After so many requests what they are about is made anew: some of them delete it. */
 const RENEWED_AFTER = 100;
@@ -69,7 +69,9 @@ async function fuzzHttp(server: ServerProcess): Promise<string[]> {
   for (let sent = 0; sent < REQUESTS && server.lives; sent += RENEWED_AFTER) {
     const known = await makeKnown(studio);
     // Made before they are sent, so that their order does not depend on who is answered first.
-    const requests = Array.from({ length: RENEWED_AFTER }, () => fuzzedRequest(random, known));
+    const requests = Array.from({ length: Math.min(RENEWED_AFTER, REQUESTS) }, () =>
+      fuzzedRequest(random, known),
+    );
     const next = requests.values();
     const sendAll = async () => {
       for (const { bytes, half, method } of next) {

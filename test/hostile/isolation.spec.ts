@@ -1,5 +1,6 @@
 import { describe, expect, it } from '@jest/globals';
 import { expectUnharmed, withBystander } from '../support/bystander.js';
+import { cheap } from '../support/effort.js';
 import { Studio } from '../support/studio.js';
 import type { ServerProcess } from '../support/studio-process.js';
 import type { UpstreamAnswer } from '../support/upstream.js';
@@ -15,7 +16,7 @@ const system = withProcesses({
 let server: ServerProcess | undefined;
 
 describe('another client loses nothing and waits for nobody while somebody sends', () => {
-  it.each(ATTACKS)(
+  it.each(cheap(ATTACKS))(
     '$name',
     async ({ run, ends }) => {
       // What a failed attack has left behind would hide what this one does.

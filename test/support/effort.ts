@@ -11,5 +11,10 @@ export function rounds(full: number, quick: number): number {
   return IS_FULL ? full : quick;
 }
 
+/** Those of a list that are dear are left out unless {@link IS_FULL}. */
+export function cheap<Item extends object>(all: readonly (Item & { isDear?: boolean })[]): Item[] {
+  return all.filter(({ isDear }) => IS_FULL || !isDear);
+}
+
 /** A test that has no smaller form, or a dear neighbour of one that always runs: it is skipped unless {@link IS_FULL}. */
 export const itInFull: typeof it = IS_FULL ? it : (it.skip as typeof it);
