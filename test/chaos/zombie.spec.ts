@@ -1,10 +1,11 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 import { afterAll, beforeAll, beforeEach, expect, it } from '@jest/globals';
+import { BatchRoutes, byItem, faultsOfMerged, linesOf } from '../support/batches.js';
 import { Chaos, LOCK_MS, PATIENCE_MS, describeChaos } from '../support/chaos.js';
 import type { StackProcess } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import { Studio, faultsOfStream, textOf, until } from '../support/studio.js';
-import type { Frame } from '../support/studio.js';
+import type { EventStream, Frame } from '../support/studio.js';
 
 /** So long is no lock kept. */
 const PAST_THE_LOCK_MS = 2.5 * LOCK_MS;
@@ -114,6 +115,83 @@ describeChaos('a worker that is stopped for longer than its lock', () => {
       expect(calls).toBeLessThanOrEqual(2);
       expect(saidBy(calls, frames)).toHaveLength(PIECES);
       expect(only?.pid).toBe(pid);
+    });
+  }, 120_000);
+});
+
+/** How much each item of a batch has said when its worker is stopped. */
+const SAID = [0, PIECES / 2, 1, 0, PIECES - 1, PIECES / 2];
+const sum = (counts: number[]) => counts.reduce((total, count) => total + count, 0);
+
+/** Reads a merged stream as it comes. */
+function reading(stream: EventStream): { frames: Frame[]; whole: Promise<Frame[]> } {
+  const frames: Frame[] = [];
+  const read = async () => {
+    for await (const frame of stream) frames.push(frame);
+    return frames;
+  };
+  const whole = read();
+  whole.catch(() => undefined); // a test that has failed meanwhile does not wait for it
+  return { frames, whole };
+}
+
+/** Of an item: what its first attempt said before the second one began, and nothing after that. */
+function expectTakenOver(frames: Frame[], said: number): void {
+  const at = frames.findIndex(({ chunk }) => chunk.status === 'restarted');
+  expect(at).toBe(said > 0 ? 1 + said : -1);
+  expect(saidBy(1, frames.slice(0, at + 1))).toHaveLength(said);
+  expect(saidBy(1, frames.slice(at + 1))).toEqual([]);
+  expect(saidBy(2, frames.slice(at + 1))).toHaveLength(PIECES);
+  expect(frames.at(-1)?.chunk.status).toBe('completed');
+}
+
+describeChaos('a worker that is stopped for longer than its lock, with the items of a batch', () => {
+  it('has them taken over, and all readers of the batch have one stream, without its last words', async () => {
+    await chaos.reporting(async () => {
+      const { ledger, stack } = chaos;
+      const [zombie, other] = stack.workers;
+      const routes = [0, 1].map((index) => new BatchRoutes(chaos.studio(index)));
+      const [here, there] = routes;
+      if (!zombie || !other || !here || !there) throw new Error('There is no such process.');
+      await other.stop(); // all items are the zombie's
+      const queries = SAID.map((said) => {
+        const query = chaos.marker('item');
+        ledger.hold(query, said);
+        return query;
+      });
+      const items = queries.map((query, index) => ({ item_id: `item ${index}`, query }));
+      const first = await here.stream({ deployment_name: tagged, items });
+      const batchId = first.executionId;
+      const readers = [reading(first), reading(await there.follow(batchId))];
+      const haveRead = (count: number) => until(() => readers.every(({ frames }) => frames.length === count));
+      const begun = 1 + sum(SAID.map((said) => 1 + said));
+      await haveRead(begun);
+      const calls = await Promise.all(queries.map((query) => ledger.call(query)));
+      const { pid } = zombie;
+      zombie.kill('SIGSTOP');
+      await other.start();
+      await Promise.all(queries.map((query) => ledger.call(query, 2)));
+      await haveRead(begun + sum(SAID.map((said) => (said > 0 ? 1 + said : 0))));
+      const left = await (await there.follow(batchId)).take(begun + 2);
+      // Its models say the rest now, which it finds when it wakes up, and before it learns that it was overtaken.
+      queries.forEach((query) => ledger.letGo(query, 1));
+      await Promise.all(calls.map(({ spoken }) => spoken));
+      zombie.kill('SIGCONT');
+      expect(await Promise.all(calls.map(({ closed }) => closed))).toEqual(SAID.map(() => true));
+      queries.forEach((query) => ledger.letGo(query));
+      const back = reading(await here.follow(batchId, left.length));
+      const [log = [], ...others] = await Promise.all(readers.map(({ whole }) => whole));
+      expect(faultsOfMerged(log, batchId)).toEqual([]);
+      others.push(
+        [...left, ...(await back.whole)],
+        ...(await Promise.all(routes.map((at) => at.whole(batchId)))),
+      );
+      for (const frames of others) expect(linesOf(frames)).toEqual(linesOf(log));
+      SAID.forEach((said, index) => expectTakenOver(byItem(log).get(`item ${index}`) ?? [], said));
+      const results = await there.results(batchId);
+      const rows = await chaos.rows(results.map(({ execution_id }) => execution_id));
+      expect(rows.map(({ attempt, status }) => [attempt, status])).toEqual(SAID.map(() => [2, 'completed']));
+      expect(zombie.pid).toBe(pid);
     });
   }, 120_000);
 });
