@@ -1,9 +1,8 @@
 import { setImmediate as nextTurn } from 'node:timers/promises';
-import { slicesOf } from '../json-text.js';
+import { jsonBytes, slicesOf } from '../json-text.js';
 
 /** Characters of a text whose JSON is made in one turn of the event loop. */
 const TURN_CHARACTERS = 128 * 1024;
-const QUOTE = Buffer.from('"');
 
 /** A parameter of a statement whose type is `text` or `json`: pg sends bytes as they are. */
 export type TextParameter = string | Buffer;
@@ -32,10 +31,17 @@ export function joinRows(texts: TextParameter[]): TextParameter {
 }
 
 async function jsonInTurns(text: string): Promise<Buffer> {
-  const parts = [QUOTE];
+  let most = 2;
   for (const slice of slicesOf(text, TURN_CHARACTERS)) {
-    parts.push(Buffer.from(JSON.stringify(slice).slice(1, -1)));
+    most += jsonBytes(slice);
     await nextTurn();
   }
-  return Buffer.concat([...parts, QUOTE]);
+  const json = Buffer.allocUnsafeSlow(most);
+  let end = json.write('"');
+  for (const slice of slicesOf(text, TURN_CHARACTERS)) {
+    end += json.write(JSON.stringify(slice).slice(1, -1), end);
+    await nextTurn();
+  }
+  end += json.write('"', end);
+  return json.subarray(0, end);
 }

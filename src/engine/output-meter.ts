@@ -1,4 +1,5 @@
 import { OutputLimitError } from '../errors.js';
+import { jsonBytes } from '../json-text.js';
 
 /** Bytes of JSON in UTF-8 that one agent, and all agents of an execution together, may say: what storing and sending it costs. */
 export interface OutputLimits {
@@ -9,29 +10,33 @@ export interface OutputLimits {
 /** Counts what the agents of one execution say. */
 export class OutputMeter {
   private total = 0;
+  private readonly ofAgents = new Map<string, number>();
 
   constructor(private readonly limits: OutputLimits) {}
 
   /** Counts what an earlier attempt has kept. */
-  restore(bytes: number): void {
-    this.total += bytes;
+  restore(text: string): void {
+    this.total += jsonBytes(text);
   }
 
-  /** Throws {@link OutputLimitError} before an agent that has said `said` characters says `more` than it may. */
-  add(agentId: string, said: number, more: number): void {
+  /** Counts what an agent says. Throws {@link OutputLimitError} before it says more than it may. */
+  add(agentId: string, text: string): void {
     const { agent, execution } = this.limits;
-    if (said + more > agent) {
+    const bytes = jsonBytes(text);
+    const said = (this.ofAgents.get(agentId) ?? 0) + bytes;
+    if (said > agent) {
       throw new OutputLimitError(
         'agent',
         `The agent "${agentId}" says more than ${agent} bytes, which is the limit of an agent.`,
       );
     }
-    if (this.total + more > execution) {
+    if (this.total + bytes > execution) {
       throw new OutputLimitError(
         'execution',
         `The agents of this execution say more than ${execution} bytes together, which is the limit of an execution.`,
       );
     }
-    this.total += more;
+    this.ofAgents.set(agentId, said);
+    this.total += bytes;
   }
 }

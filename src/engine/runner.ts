@@ -1,7 +1,9 @@
 import { setMaxListeners } from 'node:events';
 import { AppError, type ErrorCode } from '../errors.js';
-import { jsonBytes } from '../json-text.js';
-import type { ModelRegistry, ModelUsage } from '../models/model-registry.js';
+import { slicesOf } from '../json-text.js';
+import type { ModelRegistry } from '../models/model-registry.js';
+import { NO_USAGE, addUsage } from '../models/usage.js';
+import type { ModelUsage } from '../models/usage.js';
 import type { AgentContext, Source, StepError } from './agents/agent.js';
 import type { AgentOverrides, ChatMessage, RuntimeOverrides } from './definition.js';
 import { Evaluations, type Evaluator } from './evaluation.js';
@@ -81,13 +83,11 @@ interface StepState {
   undecided: number;
   readonly taken: Set<GraphConnection>;
   text: string;
-  /** Of the text, as {@link jsonBytes} counts. */
-  bytes: number;
   result?: StepResult;
 }
 
-const MOST_TOKENS = 2_147_483_647;
-const NO_USAGE: ModelUsage = { input_tokens: 0, output_tokens: 0 };
+/** Code units of a text that are said in one turn of the event loop. */
+const MOST_AT_ONCE = 32 * 1024;
 
 class Run {
   private readonly states = new Map<string, StepState>();
@@ -115,7 +115,6 @@ class Run {
         undecided: agent.incoming.length,
         taken: new Set(),
         text: '',
-        bytes: 0,
       });
     }
   }
@@ -153,7 +152,7 @@ class Run {
     if (stored === undefined || stored.status === 'cancelled') return undefined;
     state.result = stored;
     state.text = stored.output;
-    this.output.restore(jsonBytes(stored.output));
+    this.output.restore(stored.output);
     this.failUnlessHandled(state, stored);
     return this.decide(state, stored);
   }
@@ -315,11 +314,10 @@ class Run {
   }
 
   private emit(state: StepState, text: string): Promise<void> | undefined {
+    if (text.length > MOST_AT_ONCE) return this.emitInSlices(state, text);
     this.stop.signal.throwIfAborted();
     if (text === '') return undefined;
-    const bytes = jsonBytes(text);
-    this.output.add(state.agent.agent_id, state.bytes, bytes);
-    state.bytes += bytes;
+    this.output.add(state.agent.agent_id, text);
     state.text += text;
     const failed = (error: unknown): never => {
       this.observerFailed(error);
@@ -329,6 +327,14 @@ class Run {
       return this.run.observer.content(state.agent.agent_id, text)?.catch(failed);
     } catch (error) {
       return failed(error);
+    }
+  }
+
+  /** A template says millions of characters at once: others get their turns meanwhile, and it waits for the log. */
+  private async emitInSlices(state: StepState, text: string): Promise<void> {
+    for (const slice of slicesOf(text, MOST_AT_ONCE)) {
+      await this.evaluations.turn();
+      await this.emit(state, slice);
     }
   }
 
@@ -362,11 +368,7 @@ class Run {
 
   private outcome(): RunOutcome {
     const states = [...this.states.values()];
-    const usage = { ...NO_USAGE };
-    for (const { result } of states) {
-      usage.input_tokens = addTokens(usage.input_tokens, result?.usage.input_tokens);
-      usage.output_tokens = addTokens(usage.output_tokens, result?.usage.output_tokens);
-    }
+    const usage = states.reduce((sum, { result }) => addUsage(sum, result?.usage ?? NO_USAGE), NO_USAGE);
     if (this.failure !== undefined) {
       return { status: 'error', response: this.response(states), error: this.failure, usage };
     }
@@ -388,9 +390,4 @@ class Run {
     if (state === undefined) throw new Error(`The graph has no agent "${agent_id}"`);
     return state;
   }
-}
-
-/** A sum that an integer column can keep, whatever an upstream has counted. */
-function addTokens(sum: number, tokens = 0): number {
-  return Math.min(sum + tokens, MOST_TOKENS);
 }

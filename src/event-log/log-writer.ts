@@ -1,6 +1,6 @@
 import { storableText } from '../database/storable-text.js';
 import type { TerminalStatus } from '../executions/status.js';
-import { cutText, slicesOf } from '../json-text.js';
+import { cutText } from '../json-text.js';
 import { MOST_LINE_BYTES } from '../line-limit.js';
 import { ChunkSerializer } from './chunk.js';
 import type { ChunkContent } from './chunk.js';
@@ -12,8 +12,6 @@ import type { ExecutionEnd, LogBatch, LogOwner, LogWriter, TextContent } from '.
 const HIGH_WATER_MARK = 128 * 1024;
 /** Characters of one row: three bytes of UTF-8 each at most, so it stays below 1 MiB, and a reader takes one at least. */
 const MOST_ROW_CHARACTERS = 256 * 1024;
-/** Code units of a text that are serialized at once. */
-const MOST_AT_ONCE = 32 * 1024;
 /** The one with the most digits. */
 const MOST_SEQUENCE = 2_147_483_647;
 
@@ -91,7 +89,6 @@ export class ExecutionLogWriter implements LogWriter {
   }
 
   write(content: TextContent): Promise<void> | undefined {
-    if (content.data.length > MOST_AT_ONCE) return this.writeInSlices(content);
     this.append(content);
     return this.drain();
   }
@@ -170,14 +167,6 @@ export class ExecutionLogWriter implements LogWriter {
     this.characters += line.length;
     if (content.type === 'content') this.firstContent ??= this.sequence;
     if (this.chunks.length === 1 && !this.inFlight) this.host.schedule(this);
-  }
-
-  /** What is long waits at its producer, and not here. */
-  private async writeInSlices(content: TextContent): Promise<void> {
-    for (const data of slicesOf(content.data, MOST_AT_ONCE)) {
-      this.append({ ...content, data });
-      await this.drain();
-    }
   }
 
   private takeChunks(most: number): { chunks: string[]; characters: number } {

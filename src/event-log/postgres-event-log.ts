@@ -229,7 +229,6 @@ export class PostgresEventLog
       ends.map((end) => end.status),
       ends.map((end) => end.code ?? null),
       ends.map((end) => end.error ?? null),
-      joinRows(items.map(({ response }) => response)),
       ends.map((end) => end.input_tokens),
       ends.map((end) => end.output_tokens),
       ends.map((end) => end.first_chunk_at ?? null),
@@ -237,6 +236,7 @@ export class PostgresEventLog
       ends.map((end) => end.sequence),
       joinRows(ends.map((end) => end.chunk)),
       joinRows(ends.map((end) => end.cancelled_chunk)),
+      joinRows(items.map(({ response }) => response)),
     ];
     const { rows } = await queryLarge<EndedRow>(this.pool, { ...END, values });
     const ended = new Map(rows.map((row) => [keyOf(row), row.status]));

@@ -63,18 +63,18 @@ export const UNWRITTEN = {
  * (`counter_delta`), so that no row is locked but the executions' own.
  * A cancellation that was requested wins over every other end, since its client was told that the execution is cancelled.
  * An end that is there already, word for word, counts: the statement was repeated after a lost connection. Like a flush, the
- * terminal chunk must follow the chunk before it.
+ * terminal chunk must follow the chunk before it. The responses come last: pg would copy a long parameter again for each that follows.
  */
 export const END = {
   name: 'event-log-end',
   text: `
     WITH ending AS MATERIALIZED (
       SELECT * FROM unnest(
-        $1::uuid[], $2::int[], $3::text[], $4::text[], $5::text[], string_to_array($6, E'\\x1e'), $7::int[], $8::int[],
-        $9::timestamptz[], $10::timestamptz[], $11::int[], string_to_array($12, E'\\x1e'),
-        string_to_array($13, E'\\x1e')
-      ) AS item (execution_id, fence, status, code, error, response, input_tokens, output_tokens,
-                 first_chunk_at, finished_at, sequence, chunk, cancelled_chunk)
+        $1::uuid[], $2::int[], $3::text[], $4::text[], $5::text[], $6::int[], $7::int[],
+        $8::timestamptz[], $9::timestamptz[], $10::int[], string_to_array($11, E'\\x1e'),
+        string_to_array($12, E'\\x1e'), string_to_array($13, E'\\x1e')
+      ) AS item (execution_id, fence, status, code, error, input_tokens, output_tokens,
+                 first_chunk_at, finished_at, sequence, chunk, cancelled_chunk, response)
     ), free AS MATERIALIZED (
       SELECT execution_id FROM execution WHERE execution_id IN (SELECT execution_id FROM ending)
          FOR NO KEY UPDATE SKIP LOCKED

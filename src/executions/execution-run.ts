@@ -13,6 +13,7 @@ import { FencedError } from '../event-log/event-log.js';
 import type { EventLog, ExecutionEnd, LogWriter } from '../event-log/event-log.js';
 import type { Metrics } from '../metrics.js';
 import type { ModelRegistry } from '../models/model-registry.js';
+import { NO_USAGE } from '../models/usage.js';
 import { LockLostError } from '../queue/execution-queue.js';
 import type { ClaimedExecution } from './claims.js';
 import type { ExecutionEnds } from './ends.js';
@@ -265,8 +266,6 @@ export function timeLimit({
   const reason = new AppError('timeout', `The execution took longer than its limit of ${seconds} s.`);
   return { reason, remainingMs: seconds * 1000 - execution.spent_ms };
 }
-
-const NO_USAGE = { input_tokens: 0, output_tokens: 0 };
 
 function endOf(outcome: RunOutcome, reason: unknown): Pick<ExecutionEnd, 'status' | 'error' | 'code'> {
   switch (outcome.status) {

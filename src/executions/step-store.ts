@@ -12,22 +12,23 @@ import { ClosedError } from '../database/unavailable.js';
 import { Metrics } from '../metrics.js';
 
 /**
- * Only the current attempt of an execution gets in, as its fence ($14) tells: the share lock makes a newer one wait for this
- * statement, and this statement see the newer one. $13 says whether the commit waits for the disk. The log must go as far as
- * when the step ended ($15): if PostgreSQL crashed and lost what its agent said, the step has to run again.
+ * Only the current attempt of an execution gets in, as its fence ($13) tells: the share lock makes a newer one wait for this
+ * statement, and this statement see the newer one. $12 says whether the commit waits for the disk. The log must go as far as
+ * when the step ended ($14): if PostgreSQL crashed and lost what its agent said, the step has to run again.
+ * The outputs come last: pg would copy a long parameter again for each that follows.
  */
 const SAVE = {
   name: 'step-save',
   text: `
-    WITH durability AS MATERIALIZED (SELECT set_config('synchronous_commit', $13, true))
+    WITH durability AS MATERIALIZED (SELECT set_config('synchronous_commit', $12, true))
     INSERT INTO step (step_id, execution_id, agent_id, status, attempt, output, error, code, input_tokens, output_tokens,
                       started_at, finished_at)
     SELECT item.step_id, execution_id, item.agent_id, item.status, item.attempt, nullif(item.output, '')::json, item.error,
            item.code, item.input_tokens, item.output_tokens, item.started_at, item.finished_at
-      FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::int[], string_to_array($6, E'\\x1e'), $7::text[],
-                  $8::text[], $9::int[], $10::int[], $11::timestamptz[], $12::timestamptz[], $14::int[], $15::int[])
-             AS item (step_id, execution_id, agent_id, status, attempt, output, error, code, input_tokens, output_tokens,
-                      started_at, finished_at, fence, logged)
+      FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::int[], $6::text[], $7::text[], $8::int[], $9::int[],
+                  $10::timestamptz[], $11::timestamptz[], $13::int[], $14::int[], string_to_array($15, E'\\x1e'))
+             AS item (step_id, execution_id, agent_id, status, attempt, error, code, input_tokens, output_tokens,
+                      started_at, finished_at, fence, logged, output)
       JOIN execution USING (execution_id, fence), durability
      WHERE item.logged <= coalesce((SELECT last_sequence FROM execution_chunk
                                      WHERE execution_chunk.execution_id = item.execution_id
@@ -106,7 +107,6 @@ export class StepStore implements OnApplicationShutdown {
       steps.map((step) => step.agent_id),
       steps.map((step) => step.status),
       steps.map((step) => step.attempt),
-      joinRows(steps.map((step) => step.json)),
       steps.map((step) => (step.error === null ? null : storableText(step.error))),
       steps.map((step) => step.code),
       steps.map((step) => step.input_tokens),
@@ -117,6 +117,7 @@ export class StepStore implements OnApplicationShutdown {
       steps.some((step) => step.finished_at !== null) ? 'on' : 'off',
       fences,
       logged,
+      joinRows(steps.map((step) => step.json)),
     ];
     const { rows: saved } = await queryLarge<StepRow>(this.pool, { ...SAVE, values });
     if (saved.length === steps.length) return steps.map(() => undefined);

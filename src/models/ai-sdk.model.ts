@@ -8,7 +8,9 @@ import type {
 } from '@ai-sdk/provider';
 import { OutputLimitError } from '../errors.js';
 import { cutShort, toStreamError } from './model-error.js';
-import type { Model, ModelMessage, ModelPart, ModelRequest, ModelUsage } from './model-registry.js';
+import type { Model, ModelMessage, ModelPart, ModelRequest } from './model-registry.js';
+import { keptTokens } from './usage.js';
+import type { ModelUsage } from './usage.js';
 import { UpstreamCall } from './upstream-call.js';
 
 /** How long a complete answer's connection may take to end by itself, so that it can be used again, ms. */
@@ -145,11 +147,10 @@ function toPromptMessage({ role, content }: ModelMessage): LanguageModelV3Messag
   return role === 'system' ? { role, content } : { role, content: [{ type: 'text', text: content }] };
 }
 
-/** What an upstream calls a number of tokens, as one that an integer column can keep. */
-function toCount(tokens = 0): number {
-  return Number.isNaN(tokens) ? 0 : Math.min(Math.max(0, Math.round(tokens)), 2_147_483_647);
-}
-
 function toUsage(usage: LanguageModelV3Usage): ModelUsage {
-  return { input_tokens: toCount(usage.inputTokens.total), output_tokens: toCount(usage.outputTokens.total) };
+  const { inputTokens, outputTokens } = usage;
+  return {
+    input_tokens: keptTokens(inputTokens.total ?? 0),
+    output_tokens: keptTokens(outputTokens.total ?? 0),
+  };
 }

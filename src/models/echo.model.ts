@@ -1,5 +1,6 @@
 import { setImmediate as nextTurn } from 'node:timers/promises';
-import type { Model, ModelMessage, ModelPart, ModelRequest, ModelUsage } from './model-registry.js';
+import type { Model, ModelMessage, ModelPart, ModelRequest } from './model-registry.js';
+import type { ModelUsage } from './usage.js';
 
 /** The name of the model that is always there. */
 export const ECHO_MODEL = 'offline/echo';

@@ -1,3 +1,5 @@
+import type { ModelUsage } from './usage.js';
+
 /** One message of a conversation with a model. */
 export interface ModelMessage {
   role: 'system' | 'user' | 'assistant';
@@ -17,12 +19,6 @@ export interface ModelSettings {
 
 export interface ModelRequest extends ModelSettings {
   messages: ModelMessage[];
-}
-
-/** Tokens as the provider counted them; 0 where it said nothing. */
-export interface ModelUsage {
-  input_tokens: number;
-  output_tokens: number;
 }
 
 /** A piece of a streamed answer. `finish` comes once, last. */

@@ -16,8 +16,8 @@ import {
   type Model,
   type ModelPart,
   type ModelRequest,
-  type ModelUsage,
 } from '../../src/models/model-registry.js';
+import type { ModelUsage } from '../../src/models/usage.js';
 
 const opened: { pool: EvaluationPool; defects: unknown[] }[] = [];
 

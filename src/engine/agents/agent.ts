@@ -1,6 +1,7 @@
 import type { z } from 'zod';
 import type { ErrorCode, Fault } from '../../errors.js';
-import type { ModelRegistry, ModelUsage } from '../../models/model-registry.js';
+import type { ModelRegistry } from '../../models/model-registry.js';
+import type { ModelUsage } from '../../models/usage.js';
 import type { AgentOverrides, ChatMessage } from '../definition.js';
 import type { Evaluations } from '../evaluation.js';
 import type { EarlierResults } from '../templates.js';

@@ -1,6 +1,7 @@
 import { z } from 'zod';
 import { AppError, TransientError } from '../../errors.js';
-import type { Model, ModelMessage, ModelRequest, ModelUsage } from '../../models/model-registry.js';
+import type { Model, ModelMessage, ModelRequest } from '../../models/model-registry.js';
+import type { ModelUsage } from '../../models/usage.js';
 import { settingSchemas } from '../definition.js';
 import { compileTemplate } from '../templates.js';
 import { toPointer } from '../validation.js';
