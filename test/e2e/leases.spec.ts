@@ -1,5 +1,7 @@
 import { randomUUID } from 'node:crypto';
-import { expect, it } from '@jest/globals';
+import type { ServerResponse } from 'node:http';
+import { describe, expect, it } from '@jest/globals';
+import { Client } from 'pg';
 import { ExecutionQueue } from '../../src/queue/execution-queue.js';
 import { itInFull, rounds } from '../support/effort.js';
 import { echo, faultsOfStream, until, upstreamAgent } from '../support/studio.js';
@@ -7,18 +9,28 @@ import { chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 import { withStudio } from '../support/with-studio.js';
 
 const SLOTS = 10;
+/** Executions that wait for their models. */
+const WAITING = 450;
+const RENEWALS = 12;
+/** The tables that have rows of each execution. */
+const OF_EXECUTIONS = ['execution', 'execution_chunk', 'step', 'bullmq.job'];
+/** Within this time nothing is written to them any more. */
+const QUIET_MS = 40_000;
+const PAGE_BYTES = 8192;
 
 let letGo: () => void = () => undefined;
 let held = new Promise<void>(() => undefined);
 const hold = () => void (held = new Promise((resolve) => (letGo = resolve)));
 
+const answer = async (response: ServerResponse) => {
+  writeStream(response, chatDelta('begun '));
+  await held;
+  writeStream(response, chatDelta('ended'), chatEnd());
+  response.end();
+};
+
 const system = withStudio({
-  upstream: async (response) => {
-    writeStream(response, chatDelta('begun '));
-    await held;
-    writeStream(response, chatDelta('ended'), chatEnd());
-    response.end();
-  },
+  upstream: answer,
   env: { JOB_LOCK_MS: '1000', WORKER_CONCURRENCY: String(SLOTS) },
 });
 const { studio, database } = system;
@@ -32,35 +44,6 @@ it('jobs without an execution leave every slot at once, and the queue', async ()
   expect(answer.status).toBe(200);
   await until(async () => (await database.query('SELECT 1 FROM bullmq.job')).length === 0);
 });
-
-itInFull(
-  'an execution that only waits for its model has none of its rows written, while its lease is renewed',
-  async () => {
-    hold();
-    const deployment = await studio.deploy(upstreamAgent());
-    const runs = await Promise.all(
-      Array.from({ length: SLOTS }, () => studio.stream({ deployment_name: deployment, query: 'x' })),
-    );
-    const writes = async () => {
-      const rows = await database.query<{ name: string; updates: string }>(
-        `SELECT relname AS name, n_tup_upd::text AS updates FROM pg_stat_user_tables
-        WHERE relname IN ('execution', 'job', 'worker_lease')`,
-      );
-      return Object.fromEntries(rows.map(({ name, updates }) => [name, Number(updates)]));
-    };
-    await until(async () => system.upstream.requests.length === SLOTS);
-    // PostgreSQL counts a connection's writes a second after them.
-    let before = await writes();
-    await until(async () => {
-      const now = await writes();
-      const isQuiet = now.execution === before.execution && now.job === before.job;
-      if (!isQuiet) before = now;
-      return isQuiet && (now.worker_lease ?? 0) >= (before.worker_lease ?? 0) + 4;
-    });
-    letGo();
-    for (const run of runs) expect(faultsOfStream(await run.frames(), run.executionId)).toEqual([]);
-  },
-);
 
 it('a process whose lease another one took lets go of everything, takes a new one and goes on', async () => {
   hold();
@@ -110,4 +93,59 @@ it('a job that a worker took which died before its claim is handed out again', a
     await database.query('DROP TRIGGER taken ON bullmq.job');
   }
   expect((await stream.frames()).at(-1)?.chunk.status).toBe('completed');
+});
+
+type Tables = Map<string, { written: number; bytes: number }>;
+const writesOf = (name: string, before: Tables, now: Tables) =>
+  (now.get(name)?.written ?? 0) - (before.get(name)?.written ?? 0);
+
+describe('executions that only wait for their models, beside a snapshot that is held', () => {
+  const crowd = withStudio({
+    upstream: answer,
+    env: { JOB_LOCK_MS: '1000', WORKER_CONCURRENCY: String(WAITING) },
+  });
+
+  /** Rows written so far, and bytes, of each table. */
+  async function tables(): Promise<Tables> {
+    const rows = await crowd.database.query<{ name: string; written: string; bytes: string }>(
+      `SELECT relid::regclass::text AS name, n_tup_ins + n_tup_upd + n_tup_del AS written, pg_total_relation_size(relid) AS bytes
+         FROM pg_stat_user_tables`,
+    );
+    const figures = rows.map(({ name, written, bytes }) => ({
+      name,
+      written: Number(written),
+      bytes: Number(bytes),
+    }));
+    return new Map(figures.map(({ name, ...figure }) => [name, figure]));
+  }
+
+  itInFull('have none of their rows written, while the lease of their worker is renewed', async () => {
+    hold();
+    const deployment = await crowd.studio.deploy(upstreamAgent());
+    const runs = await Promise.all(
+      Array.from({ length: WAITING }, () => crowd.studio.stream({ deployment_name: deployment, query: 'x' })),
+    );
+    await until(() => crowd.upstream.requests.length === WAITING);
+    const snapshot = new Client({ connectionString: crowd.database.url });
+    await snapshot.connect();
+    try {
+      await snapshot.query('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1 FROM execution LIMIT 1');
+      // PostgreSQL counts a connection's writes a while after them.
+      let before = await tables();
+      const now = await until(async () => {
+        const found = await tables();
+        if (OF_EXECUTIONS.some((name) => found.get(name)?.written !== before.get(name)?.written))
+          before = found;
+        return writesOf('worker_lease', before, found) >= RENEWALS ? found : undefined;
+      }, QUIET_MS);
+      const writes = [...now.keys()].map((name) => writesOf(name, before, now));
+      expect(writes.reduce((sum, count) => sum + count, 0)).toBeLessThan(3 * RENEWALS);
+      const grown = [...now].map(([name, { bytes }]) => bytes - (before.get(name)?.bytes ?? 0));
+      expect(Math.max(...grown)).toBeLessThanOrEqual(PAGE_BYTES);
+    } finally {
+      await snapshot.end();
+    }
+    letGo();
+    for (const run of runs) expect(faultsOfStream(await run.frames(), run.executionId)).toEqual([]);
+  });
 });
