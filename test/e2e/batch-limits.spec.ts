@@ -1,41 +1,31 @@
 import { randomUUID } from 'node:crypto';
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { beforeAll, describe, expect, it } from '@jest/globals';
 import type { BatchAcceptedDto } from '../../src/batches/batches.dto.js';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
 import { BatchRoutes, byItem, faultsOfMerged } from '../support/batches.js';
-import { CallLedger, answerOf, markerOf } from '../support/call-ledger.js';
-import { Studio, textOf, until } from '../support/studio.js';
+import { CallLedger, answerOf } from '../support/call-ledger.js';
+import { saying } from '../support/deployments.js';
+import { textOf, until } from '../support/studio.js';
+import { itemsOf, queriesOf } from '../support/with-batches.js';
+import { withStudio } from '../support/with-studio.js';
 
 const PIECES = 3;
-let ledger: CallLedger;
-let servers: TestApp[];
-let first: BatchRoutes;
-let second: BatchRoutes;
+const ledger = new CallLedger();
+const system = withStudio({
+  upstream: ledger,
+  providers: { gone: { base_url: 'http://127.0.0.1:9/v1' } },
+  others: { second: {} },
+});
+const first = new BatchRoutes(system.studio);
+const second = new BatchRoutes(system.others.second.studio);
 let deployment: string;
 
 beforeAll(async () => {
-  ledger = await CallLedger.start();
-  const env = { MODEL_PROVIDERS: ledger.providers };
-  const server = await startTestApp(env);
-  servers = [await startTestApp(env, server.database), server];
-  [second, first] = servers.map(({ url }) => new BatchRoutes(new Studio(url))) as [BatchRoutes, BatchRoutes];
   deployment = await deploy();
-});
-afterAll(async () => {
-  for (const server of servers) await server.close();
-  await ledger.stop();
 });
 
 const deploy = (runtime_config: object = {}, pauseMs = 1) =>
   first.studio.deploy({ agents: [ledger.agent('a', PIECES, pauseMs)] }, runtime_config);
 
-/** Queries that no other batch has. */
-const markers = (count: number) => {
-  const name = randomUUID();
-  return Array.from({ length: count }, (_, index) => markerOf(`${name}-${index}`));
-};
-const itemsOf = (queries: string[]) => queries.map((query) => ({ query }));
 const callsOf = (queries: string[]) => ledger.calls.filter(({ marker }) => queries.includes(marker));
 const openOf = (queries: string[]) => callsOf(queries).filter(({ endedAt }) => endedAt === undefined);
 
@@ -55,7 +45,7 @@ function peakOf(queries: string[]): number {
 
 describe('concurrency', () => {
   it('of 1 runs the items one after the other, in their order, also over two processes', async () => {
-    const queries = markers(12);
+    const queries = queriesOf(12);
     const stream = await second.stream({
       deployment_name: deployment,
       items: itemsOf(queries),
@@ -71,7 +61,7 @@ describe('concurrency', () => {
   });
 
   it('is never exceeded at the model, and is made use of', async () => {
-    const queries = markers(40);
+    const queries = queriesOf(40);
     queries.slice(0, 4).forEach((query) => ledger.hold(query));
     const { batch_id } = await first.accept({
       deployment_name: deployment,
@@ -98,7 +88,7 @@ describe('concurrency', () => {
   });
 
   it('lets another batch and single executions pass', async () => {
-    const [slow, quick, single] = [markers(5), markers(3), markerOf(randomUUID())];
+    const [slow, quick, single] = [queriesOf(5), queriesOf(3), queriesOf(1)[0] ?? ''];
     slow.forEach((query) => ledger.hold(query));
     const { batch_id } = await first.accept({
       deployment_name: deployment,
@@ -119,7 +109,7 @@ describe('concurrency', () => {
 describe('max_concurrency of the deployment', () => {
   it.each([1, 3])('of %d holds for the items of batches, whatever concurrency they ask for', async (most) => {
     const limited = await deploy({ max_concurrency: most }, 20);
-    const [some, others] = [markers(8), markers(8)];
+    const [some, others] = [queriesOf(8), queriesOf(8)];
     const accepted = [
       await first.accept({ deployment_name: limited, items: itemsOf(some), concurrency: 4 }),
       await second.accept({ deployment_name: limited, items: itemsOf(others) }),
@@ -138,7 +128,7 @@ describe('max_concurrency of the deployment', () => {
 
 describe('an item that is cancelled by itself', () => {
   it('ends alone, whether it runs or waits, and gives its place to the next one', async () => {
-    const queries = markers(5);
+    const queries = queriesOf(5);
     queries.forEach((query) => ledger.hold(query));
     const stream = await first.stream({
       deployment_name: deployment,
@@ -174,60 +164,45 @@ describe('an item that is cancelled by itself', () => {
 });
 
 describe('MAX_QUEUED', () => {
+  const small = withStudio({ env: { ROLE: 'api', MAX_QUEUED: '10' } });
+  const at = new BatchRoutes(small.studio);
+
   it('refuses a batch as a whole, and a batch that could never fit says so', async () => {
-    const small = await startTestApp({ ROLE: 'api', MAX_QUEUED: '10', MODEL_PROVIDERS: ledger.providers });
-    const at = new BatchRoutes(new Studio(small.url));
-    try {
-      const name = await at.studio.deploy({ agents: [ledger.agent('a', PIECES, 1)] });
-      const queries = markers(8);
-      const body = { deployment_name: name, items: itemsOf(queries) };
-      const headers = { 'Idempotency-Key': randomUUID() };
-      const { batch_id } = await at.accept(body, headers);
-      for (const path of ['/api/workflows/execute/batch', '/api/workflows/execute/batch/stream']) {
-        const refused = await at.ask({ ...body, items: itemsOf(markers(3)) }, {}, path);
-        expect([refused.status, refused.body.code]).toEqual([429, 'queue_full']);
-        expect(Number(refused.headers.get('retry-after'))).toBeGreaterThan(0);
-      }
-      const rows = await small.database.query('SELECT 1 FROM execution');
-      expect(rows).toHaveLength(8);
-      // What was accepted before is not refused now.
-      expect((await at.ask<BatchAcceptedDto>(body, headers)).body.batch_id).toBe(batch_id);
-      expect(await at.accept({ ...body, items: itemsOf(markers(2)) })).toBeDefined();
-      const never = await at.ask({ ...body, items: itemsOf(markers(11)) });
-      expect([never.status, never.body.errors?.[0]?.pointer]).toEqual([400, '/items']);
-    } finally {
-      await small.close();
+    const name = await at.studio.deploy(saying('x'));
+    const queries = queriesOf(8);
+    const body = { deployment_name: name, items: itemsOf(queries) };
+    const headers = { 'Idempotency-Key': randomUUID() };
+    const { batch_id } = await at.accept(body, headers);
+    for (const path of ['/api/workflows/execute/batch', '/api/workflows/execute/batch/stream']) {
+      const refused = await at.ask({ ...body, items: itemsOf(queriesOf(3)) }, {}, path);
+      expect([refused.status, refused.body.code]).toEqual([429, 'queue_full']);
+      expect(Number(refused.headers.get('retry-after'))).toBeGreaterThan(0);
     }
+    const rows = await small.database.query('SELECT 1 FROM execution');
+    expect(rows).toHaveLength(8);
+    // What was accepted before is not refused now.
+    expect((await at.ask<BatchAcceptedDto>(body, headers)).body.batch_id).toBe(batch_id);
+    expect(await at.accept({ ...body, items: itemsOf(queriesOf(2)) })).toBeDefined();
+    const never = await at.ask({ ...body, items: itemsOf(queriesOf(11)) });
+    expect([never.status, never.body.errors?.[0]?.pointer]).toEqual([400, '/items']);
   });
 });
 
 describe('on_item_error', () => {
   /** Its model is not there: the call fails. */
   const failing = (query: string) => ({ query, runtime_overrides: { model: 'gone/any' } });
-  let fragile: TestApp;
-  let at: BatchRoutes;
-  let name: string;
-
-  beforeAll(async () => {
-    const providers = JSON.parse(ledger.providers) as object;
-    const gone = { type: 'openai-compatible', base_url: 'http://127.0.0.1:9/v1' };
-    fragile = await startTestApp({ MODEL_PROVIDERS: JSON.stringify({ ...providers, gone }) });
-    at = new BatchRoutes(new Studio(fragile.url));
-    name = await at.studio.deploy({ agents: [ledger.agent('a', PIECES, 1)] });
-  });
-  afterAll(() => fragile.close());
 
   it('"continue" runs all others, and says which failed and why', async () => {
-    const queries = markers(20);
+    const queries = queriesOf(20);
     const items = queries.map((query, index) => (index % 4 === 1 ? failing(query) : { query }));
-    const stream = await at.stream({ deployment_name: name, items, concurrency: 3 });
+    const stream = await first.stream({ deployment_name: deployment, items, concurrency: 3 });
     const frames = await stream.frames();
     expect(faultsOfMerged(frames, stream.executionId)).toEqual([]);
     expect(frames.at(-1)?.chunk).toMatchObject({
       status: 'completed',
       data: { counts: { total: 20, completed: 15, error: 5, cancelled: 0 } },
     });
-    const results = await at.results(stream.executionId);
+    const results = await first.results(stream.executionId);
     results.forEach((result, index) => {
       const expected =
         index % 4 === 1
@@ -238,19 +213,19 @@ describe('on_item_error', () => {
   });
 
   it('"stop" lets finish what runs, and begins nothing after a failure', async () => {
-    const queries = markers(10);
+    const queries = queriesOf(10);
     const [held = '', ...others] = queries;
     ledger.hold(held);
     const items = [{ query: held }, failing(others[0] ?? ''), ...itemsOf(others.slice(1))];
-    const body = { deployment_name: name, items, concurrency: 2, on_item_error: 'stop' };
-    const stream = await at.stream(body);
+    const body = { deployment_name: deployment, items, concurrency: 2, on_item_error: 'stop' };
+    const stream = await first.stream(body);
     const batchId = stream.executionId;
-    await until(async () => (await at.get(batchId)).counts.cancelled === 8 || undefined);
-    expect((await at.get(batchId)).status).toBe('running');
+    await until(async () => (await first.get(batchId)).counts.cancelled === 8 || undefined);
+    expect((await first.get(batchId)).status).toBe('running');
     ledger.letGo(held);
     const frames = await stream.frames();
     expect(faultsOfMerged(frames, batchId)).toEqual([]);
-    const batch = await at.get(batchId);
+    const batch = await first.get(batchId);
     expect(batch.status).toBe('completed');
     expect(batch.items.map(({ status }) => status)).toEqual([
       'completed',
@@ -262,36 +237,36 @@ describe('on_item_error', () => {
   });
 
   it('"stop" begins nothing, though an item fails while the next ones are let go', async () => {
-    const queries = markers(6);
+    const queries = queriesOf(6);
     const [running = '', ...others] = queries;
     ledger.hold(running);
     const items = [{ query: running, runtime_overrides: { timeout: 1 } }, ...itemsOf(others)];
-    const { batch_id } = await at.accept({
-      deployment_name: name,
+    const { batch_id } = await first.accept({
+      deployment_name: deployment,
       items,
       concurrency: 1,
       on_item_error: 'stop',
     });
     await ledger.call(running);
     // Holds up what lets items go between its look at the failures and its own; the item fails meanwhile, by its timeout.
-    await fragile.database.whileLocked('deployment_revision', 'ACCESS EXCLUSIVE', async () => {
+    await system.database.whileLocked('deployment_revision', 'ACCESS EXCLUSIVE', async () => {
       await until(async () => {
-        const rows = await fragile.database.query(
+        const rows = await system.database.query(
           `SELECT 1 FROM pg_stat_activity
             WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '%LIMIT room.places%'`,
         );
-        const [item] = await fragile.database.query<{ status: string }>(
+        const [item] = await system.database.query<{ status: string }>(
           'SELECT status FROM execution WHERE batch_id = $1 AND batch_index = 0',
           [batch_id],
         );
         return (rows.length > 0 && item?.status === 'error') || undefined;
       });
     });
-    const batch = await untilEnded(batch_id, at);
+    const batch = await untilEnded(batch_id);
     expect(batch.items.map(({ status }) => status)).toEqual(['error', ...Array<string>(5).fill('cancelled')]);
     expect(callsOf(others)).toEqual([]);
     // Were one of them let go, a worker that is quick enough would have begun it.
-    const letGo = await fragile.database.query(
+    const letGo = await system.database.query(
       'SELECT batch_index FROM execution WHERE batch_id = $1 AND batch_index > 0 AND NOT held',
       [batch_id],
     );

@@ -1,51 +1,30 @@
 import { randomUUID } from 'node:crypto';
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { beforeAll, describe, expect, it } from '@jest/globals';
 import type { BatchAcceptedDto } from '../../src/batches/batches.dto.js';
 import { ExecutionsSweep } from '../../src/executions/executions.sweep.js';
 import { Retention } from '../../src/executions/retention.js';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
-import { BatchRoutes, STREAM_BATCH, byItem, faultsOfMerged, linesOf } from '../support/batches.js';
-import { CallLedger, answerOf, markerOf } from '../support/call-ledger.js';
+import { STREAM_BATCH, byItem, faultsOfMerged, linesOf } from '../support/batches.js';
+import { answerOf } from '../support/call-ledger.js';
 import { saying } from '../support/deployments.js';
 import { itInFull, rounds } from '../support/effort.js';
 import { expectByChance } from '../support/inconclusive.js';
 import { SlowReader } from '../support/slow-reader.js';
-import { Studio, faultsOfStream, textOf, until } from '../support/studio.js';
+import { faultsOfStream, textOf, until } from '../support/studio.js';
 import type { Frame } from '../support/studio.js';
+import { itemsOf, queriesOf, withBatches } from '../support/with-batches.js';
 
 const RETENTION_DAYS = 7;
-let ledger: CallLedger;
-let server: TestApp;
-let api: TestApp;
-let batches: BatchRoutes;
-/** The same database, by a process that runs nothing itself. */
-let elsewhere: BatchRoutes;
+const { ledger, server, api, batches, elsewhere, callsOf } = withBatches({
+  EVENT_RETENTION_DAYS: String(RETENTION_DAYS),
+});
 let deployment: string;
 
 beforeAll(async () => {
-  ledger = await CallLedger.start();
-  const env = { MODEL_PROVIDERS: ledger.providers, EVENT_RETENTION_DAYS: String(RETENTION_DAYS) };
-  server = await startTestApp(env);
-  api = await startTestApp({ ...env, ROLE: 'api' }, server.database);
-  batches = new BatchRoutes(new Studio(server.url));
-  elsewhere = new BatchRoutes(new Studio(api.url));
   deployment = await deploy(6, 1);
-});
-afterAll(async () => {
-  await api.close();
-  await server.close();
-  await ledger.stop();
 });
 
 const deploy = (pieces: number, pauseMs: number) =>
   batches.studio.deploy({ agents: [ledger.agent('a', pieces, pauseMs)] });
-const queriesOf = (count: number) => {
-  const name = randomUUID();
-  return Array.from({ length: count }, (_, index) => markerOf(`${name}-${index}`));
-};
-const itemsOf = (queries: string[]) => queries.map((query) => ({ query }));
-const callsOf = (queries: string[]) => ledger.calls.filter(({ marker }) => queries.includes(marker));
 const keyed = (key: string) => ({ 'Idempotency-Key': key });
 
 it('many items at once stay apart: no chunk of one is in the stream of another, and all ids are right', async () => {

@@ -1,46 +1,28 @@
 import { randomUUID } from 'node:crypto';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
+import { beforeAll, describe, expect, it } from '@jest/globals';
 import { BatchRoutes, byItem, faultsOfMerged, linesOf } from '../support/batches.js';
-import { CallLedger, markerOf } from '../support/call-ledger.js';
 import { saying } from '../support/deployments.js';
 import { rounds } from '../support/effort.js';
 import { expectByChance } from '../support/inconclusive.js';
-import { Studio, isTerminal, textOf, until } from '../support/studio.js';
+import { isTerminal, textOf, until } from '../support/studio.js';
 import type { Frame } from '../support/studio.js';
+import { itemsOf, queriesOf, withBatches } from '../support/with-batches.js';
+import { withStudio } from '../support/with-studio.js';
 import { Yardstick } from '../support/yardstick.js';
 
 /** How soon the model has lost its connections. */
 const CUT_OFF_MS = 1000;
-let ledger: CallLedger;
-let server: TestApp;
-let api: TestApp;
-let batches: BatchRoutes;
-/** The same database, by a process that runs nothing itself. */
-let elsewhere: BatchRoutes;
+const { ledger, server, batches, elsewhere, callsOf } = withBatches();
+/** A process that no worker takes anything from, unless a test starts one. */
+const idle = withStudio({ env: { ROLE: 'api' } });
+const idly = new BatchRoutes(idle.studio);
+let deployment: string;
 
 beforeAll(async () => {
-  ledger = await CallLedger.start();
-  const env = { MODEL_PROVIDERS: ledger.providers };
-  server = await startTestApp(env);
-  api = await startTestApp({ ...env, ROLE: 'api' }, server.database);
-  batches = new BatchRoutes(new Studio(server.url));
-  elsewhere = new BatchRoutes(new Studio(api.url));
-});
-afterAll(async () => {
-  await api.close();
-  await server.close();
-  await ledger.stop();
+  deployment = await batches.studio.deploy({ agents: [ledger.agent('a', 6, 1)] });
 });
 
-const queriesOf = (count: number) => {
-  const name = randomUUID();
-  return Array.from({ length: count }, (_, index) => markerOf(`${name}-${index}`));
-};
-const itemsOf = (queries: string[]) => queries.map((query) => ({ query }));
-const callsOf = (queries: string[]) => ledger.calls.filter(({ marker }) => queries.includes(marker));
 const CANCELLED = { status: 202, body: { status: 'cancelled' } };
 
 describe('cancelling a batch', () => {
@@ -115,28 +97,22 @@ describe('cancelling a batch', () => {
   });
 
   it('before the start ends it without a step, and leaves nothing in the queue', async () => {
-    const idle = await startTestApp({ ROLE: 'api' });
-    try {
-      const at = new BatchRoutes(new Studio(idle.url));
-      const deployment = await at.studio.deploy(saying('ran'));
-      const items = itemsOf(queriesOf(12));
-      const stream = await at.stream({ deployment_name: deployment, items, concurrency: 5 });
-      expect(await at.cancel(stream.executionId)).toMatchObject(CANCELLED);
-      const frames = await stream.frames();
-      expect(faultsOfMerged(frames, stream.executionId)).toEqual([]);
-      expect(frames).toHaveLength(2 + 2 * items.length);
-      const worker = await startTestApp({}, idle.database);
-      // The worker has been through the queue.
-      expect(textOf(await (await at.stream({ deployment_name: deployment, items })).frames())).toContain(
-        'ran',
-      );
-      const sql = 'SELECT 1 FROM step JOIN execution USING (execution_id) WHERE batch_id = $1';
-      expect(await idle.database.query(sql, [stream.executionId])).toEqual([]);
-      expect(linesOf(await at.whole(stream.executionId))).toEqual(linesOf(frames));
-      await worker.close();
-    } finally {
-      await idle.close();
-    }
+    const deployment = await idly.studio.deploy(saying('ran'));
+    const items = itemsOf(queriesOf(12));
+    const stream = await idly.stream({ deployment_name: deployment, items, concurrency: 5 });
+    expect(await idly.cancel(stream.executionId)).toMatchObject(CANCELLED);
+    const frames = await stream.frames();
+    expect(faultsOfMerged(frames, stream.executionId)).toEqual([]);
+    expect(frames).toHaveLength(2 + 2 * items.length);
+    const worker = await idle.startAnother({ ROLE: 'all' });
+    // The worker has been through the queue.
+    expect(textOf(await (await idly.stream({ deployment_name: deployment, items })).frames())).toContain(
+      'ran',
+    );
+    const sql = 'SELECT 1 FROM step JOIN execution USING (execution_id) WHERE batch_id = $1';
+    expect(await idle.database.query(sql, [stream.executionId])).toEqual([]);
+    expect(linesOf(await idly.whole(stream.executionId))).toEqual(linesOf(frames));
+    await worker.close();
   });
 
   it('lets no step begin after its answer', async () => {
@@ -185,5 +161,84 @@ describe('cancelling a batch', () => {
     }
     expectByChance('cancellations that were kept', outcomes[202], NEEDED);
     expectByChance('cancellations that came too late', outcomes[409], NEEDED);
+  });
+});
+
+describe('connections that wait for notifications', () => {
+  it('may be cut in the middle of a batch: its streams go on at both processes', async () => {
+    const queries = queriesOf(8);
+    queries.forEach((query) => ledger.hold(query));
+    const stream = await batches.stream({ deployment_name: deployment, items: itemsOf(queries) });
+    const batchId = stream.executionId;
+    const reading = [stream.frames(), elsewhere.whole(batchId)];
+    for (const query of queries) {
+      await ledger.call(query);
+      await server.database.query(
+        `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+          WHERE datname = current_database() AND pid <> pg_backend_pid()
+            AND (query ILIKE 'listen%' OR query ILIKE '%pg_notify%')`,
+      );
+      ledger.letGo(query);
+    }
+    const [here = [], there = []] = await Promise.all(reading);
+    expect(faultsOfMerged(here, batchId)).toEqual([]);
+    expect(linesOf(there)).toEqual(linesOf(here));
+    expect(queries.map((query) => ledger.of(query).length)).toEqual(queries.map(() => 1));
+  });
+});
+
+describe('a process that has heard of nothing but the end of a batch', () => {
+  it('sends the ends of its items all the same, and before it', async () => {
+    const items = itemsOf(['x', 'y', 'z']);
+    const name = await idly.studio.deploy(saying('x'));
+    const stream = await idly.stream({ deployment_name: name, items });
+    const frames: Frame[] = [];
+    for await (const frame of stream) {
+      frames.push(frame);
+      // What another process would write, all at once, and what is heard of it.
+      if (frames.length === 1 + items.length) await endAll(frames);
+    }
+    expect(frames.map(({ chunk }) => [chunk.item_id, chunk.sequence])).toEqual([
+      [undefined, 1],
+      ...items.map(() => [expect.any(String), 1]),
+      ...items.map(() => [expect.any(String), 2]),
+      [undefined, 2],
+    ]);
+  });
+
+  /** Ends a batch and its items, whose first chunks these are, and tells only of the batch. */
+  async function endAll(firsts: Frame[]): Promise<void> {
+    const [batchId = ''] = firsts.map(({ chunk }) => chunk.batch_id);
+    const ids = firsts.map(({ chunk }) => chunk.execution_id ?? batchId);
+    const lasts = firsts.map(({ data }) =>
+      data.replace('"status":"started"', '"status":"completed"').replace('"sequence":1', '"sequence":2'),
+    );
+    await idle.database.query(
+      `WITH items AS (UPDATE execution SET status = 'completed', finished_at = now(), last_sequence = 2 WHERE batch_id = $1),
+            ended AS (UPDATE batch SET status = 'completed', finished_at = now() WHERE batch_id = $1)
+       INSERT INTO execution_chunk SELECT id, 2, 2, chunk FROM unnest($2::uuid[], $3::text[]) AS last (id, chunk)`,
+      [batchId, ids, lasts],
+    );
+    await idle.database.query("SELECT pg_notify('agent_studio_log', $1)", [`${randomUUID()} ${batchId}:2`]);
+  }
+});
+
+describe('the server is away for a moment', () => {
+  it('after all items have ended and before the batch has: the next one ends it, and its streams with it', async () => {
+    const queries = queriesOf(3);
+    const body = { deployment_name: deployment, items: itemsOf(queries) };
+    const frames = await (await batches.stream(body)).frames();
+    const batchId = frames[0]?.chunk.batch_id ?? '';
+    // As if the process had died between the end of the last item and that of the batch.
+    await server.database.query(
+      `WITH gone AS (DELETE FROM execution_chunk WHERE execution_id = $1 AND first_sequence = 2),
+            open AS (DELETE FROM batch_order WHERE batch_id = $1 AND parts = '0:2-2')
+       UPDATE batch SET status = 'running', finished_at = NULL WHERE batch_id = $1`,
+      [batchId],
+    );
+    const again = await elsewhere.whole(batchId);
+    expect(faultsOfMerged(again, batchId)).toEqual([]);
+    expect(linesOf(again).slice(0, -1)).toEqual(linesOf(frames).slice(0, -1));
+    await until(async () => (await batches.get(batchId)).status === 'completed' || undefined);
   });
 });
