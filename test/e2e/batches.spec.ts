@@ -1,26 +1,23 @@
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { beforeAll, describe, expect, it } from '@jest/globals';
 import type { BatchAcceptedDto, BatchDto } from '../../src/batches/batches.dto.js';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
 import { BatchRoutes, EXECUTE_BATCH, STREAM_BATCH, byItem, faultsOfMerged } from '../support/batches.js';
 import type { Problem } from '../support/batches.js';
 import { saying } from '../support/deployments.js';
 import { rounds } from '../support/effort.js';
 import { Studio, textOf, until } from '../support/studio.js';
+import { withStudio } from '../support/with-studio.js';
 
 const UNKNOWN = '01900000-0000-7000-8000-00000000ffff';
 /** How many items the largest batch here has. */
 const MANY = rounds(1000, 200);
-let server: TestApp;
+const server = withStudio();
 let batches: BatchRoutes;
 let deployment: string;
 
 beforeAll(async () => {
-  server = await startTestApp();
   batches = new BatchRoutes(new Studio(server.url));
   deployment = await batches.studio.deploy(saying('You said {{ query }}.'));
 });
-afterAll(() => server.close());
 
 const numbered = (count: number) => Array.from({ length: count }, (_, index) => ({ query: `q${index}` }));
 const request = (items: unknown, fields: object = {}) => ({ deployment_name: deployment, items, ...fields });

@@ -1,16 +1,16 @@
 import { setImmediate } from 'node:timers/promises';
-import { afterAll, afterEach, beforeAll, describe, expect, it } from '@jest/globals';
+import { afterEach, beforeAll, describe, expect, it } from '@jest/globals';
 import { Client } from 'pg';
 import { RollUps } from '../../src/deployments/roll-ups.js';
 import { FOLD } from '../../src/deployments/roll-ups.statements.js';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
 import { DeploymentRoutes } from '../support/deployments.js';
 import type { Deployment } from '../support/deployments.js';
 import { EARLIER_END, endsOf } from '../support/earlier-end.js';
 import { rounds } from '../support/effort.js';
 import { insertExecutions } from '../support/ended-executions.js';
-import { Studio, echo, until } from '../support/studio.js';
+import { echo, until } from '../support/studio.js';
+import type { RunningStudio } from '../support/with-studio.js';
+import { withStudio } from '../support/with-studio.js';
 
 interface Counters extends Deployment {
   execution_count: number;
@@ -21,17 +21,14 @@ interface Counters extends Deployment {
   last_error?: string;
 }
 
-let server: TestApp;
-let studio: Studio;
+const server = withStudio();
+const { studio } = server;
 let routes: DeploymentRoutes;
 let holder: Client;
 
 beforeAll(async () => {
-  server = await startTestApp();
-  studio = new Studio(server.url);
   routes = new DeploymentRoutes(server.url);
 });
-afterAll(() => server.close());
 afterEach(() => holder?.end());
 
 const read = async (name: string, at = studio) => (await at.json<Counters>(`/api/deployments/${name}`)).body;
@@ -132,13 +129,13 @@ describe('the counters of deployments', () => {
 
   it('are exact while ends, two processes that add them, and some that die while they do come together', async () => {
     const [executions, ends] = [rounds(10, 3), rounds(5, 1)];
-    const other = await startTestApp({}, server.database);
+    const other = await server.startAnother();
     const client = new Client({ connectionString: server.database.url });
     await client.connect();
     try {
       const deployments = await Promise.all([routes.deployed(), routes.deployed(), routes.deployed()]);
       let ended = false;
-      const add = async (app: TestApp) => {
+      const add = async (app: RunningStudio) => {
         while (!ended) {
           await app.app.get(RollUps).fold();
           await setImmediate();

@@ -1,20 +1,18 @@
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { beforeAll, describe, expect, it } from '@jest/globals';
 import request from 'supertest';
 import { v7 as uuidv7 } from 'uuid';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
 import { RollUps } from '../../src/deployments/roll-ups.js';
 import { DeploymentRoutes } from '../support/deployments.js';
 import { IS_FULL } from '../support/effort.js';
+import { withStudio } from '../support/with-studio.js';
 
-let server: TestApp;
+// Nothing is added to the counters but by a test.
+const server = withStudio({ env: { ROLE: 'api' } });
 let routes: DeploymentRoutes;
 
 beforeAll(async () => {
-  server = await startTestApp({ ROLE: 'api' }); // nothing is added to the counters but by a test
   routes = new DeploymentRoutes(server.url);
 });
-afterAll(() => server.close());
 
 /** Where the executions are, that statistics are made of. */
 const KEPT = [

@@ -1,25 +1,22 @@
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { beforeAll, describe, expect, it } from '@jest/globals';
 import request from 'supertest';
 import { DeploymentsService } from '../../src/deployments/deployments.service.js';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
 import { DeploymentRoutes, saying } from '../support/deployments.js';
 import type { Deployment } from '../support/deployments.js';
 import { failureOf } from '../support/models.js';
+import { withStudio } from '../support/with-studio.js';
 
 const UNKNOWN_ID = '01900000-0000-7000-8000-00000000ffff';
 const NUL = String.fromCharCode(0);
 
-let server: TestApp;
+const server = withStudio();
 let routes: DeploymentRoutes;
 let deployments: DeploymentsService;
 
 beforeAll(async () => {
-  server = await startTestApp();
   routes = new DeploymentRoutes(server.url);
   deployments = server.app.get(DeploymentsService);
 });
-afterAll(() => server.close());
 
 describe('deploying', () => {
   it('answers with the whole deployment', async () => {

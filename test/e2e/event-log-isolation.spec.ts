@@ -1,22 +1,20 @@
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { beforeAll, describe, expect, it } from '@jest/globals';
 import { Client } from 'pg';
 import { v7 as uuidv7 } from 'uuid';
 import type { Step } from '../../src/database/entities/step.entity.js';
 import { EventLog } from '../../src/event-log/event-log.js';
 import type { LogOwner, LogWriter } from '../../src/event-log/event-log.js';
 import { StepStore } from '../../src/executions/step-store.js';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
 import { itInFull } from '../support/effort.js';
+import { withStudio } from '../support/with-studio.js';
 
 const BYSTANDERS = 20;
 const END = { status: 'completed', response: 'r', input_tokens: 1, output_tokens: 2 } as const;
 
-let server: TestApp;
+const server = withStudio({ env: { ROLE: 'api', DATABASE_TIMEOUT_MS: '500' } });
 let log: EventLog;
 
 beforeAll(async () => {
-  server = await startTestApp({ ROLE: 'api', DATABASE_TIMEOUT_MS: '500' });
   log = server.app.get(EventLog);
   // Executions whose environment says how PostgreSQL is to treat what is written of them.
   await server.database.query(`
@@ -33,7 +31,6 @@ beforeAll(async () => {
     );
   }
 });
-afterAll(() => server.close());
 
 /** A running execution whose log is empty. */
 async function begin(treatment = 'production'): Promise<LogOwner> {

@@ -1,8 +1,10 @@
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
-import { Studio, echo, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
-import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { beforeAll, describe, expect, it } from '@jest/globals';
+import { DeploymentRoutes } from '../support/deployments.js';
+import { itInFull } from '../support/effort.js';
+import { insertExecutions } from '../support/ended-executions.js';
+import { echo, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
+import { chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { withStudio } from '../support/with-studio.js';
 
 interface ExecutionBody {
   execution_id: string;
@@ -49,28 +51,19 @@ const desk = {
 };
 
 let release: () => void = () => {};
-let upstream: Upstream;
-let server: TestApp;
-let studio: Studio;
-
-beforeAll(async () => {
-  upstream = await Upstream.start((response) => {
+const server = withStudio({
+  upstream: (response) => {
     writeStream(response, chatDelta('first '));
     release = () => {
       writeStream(response, chatDelta('second'), chatEnd());
       response.end();
     };
-  });
-  server = await startTestApp({
-    MODEL_PROVIDERS: JSON.stringify({ upstream: { type: 'openai-compatible', base_url: upstream.url } }),
-    HEARTBEAT_INTERVAL_MS: '100',
-  });
-  studio = new Studio(server.url);
+  },
+  env: { HEARTBEAT_INTERVAL_MS: '100' },
 });
-afterAll(async () => {
-  await server.close();
-  await upstream.stop();
-});
+const { studio } = server;
+/** A process that no worker takes anything from, unless a test starts one. */
+const idle = withStudio({ env: { ROLE: 'api' } });
 
 describe('execute', () => {
   it('answers with the response, the ids, the usage and the times', async () => {
@@ -271,8 +264,7 @@ describe('the wire', () => {
 });
 
 it('an execution that was accepted before a redeployment runs the graph that it was accepted with', async () => {
-  const accepting = await startTestApp({ ROLE: 'api' });
-  const client = new Studio(accepting.url);
+  const client = idle.studio;
   const agent = (template: string) => ({
     agents: [{ agent_id: 'a', agent_type: 'template', config: { template } }],
   });
@@ -288,7 +280,7 @@ it('an execution that was accepted before a redeployment runs the graph that it 
     method: 'POST',
     body: { deployment_name: deployment },
   });
-  const worker = await startTestApp({ ROLE: 'worker' }, accepting.database);
+  const worker = await idle.startAnother({ ROLE: 'worker' });
   try {
     expect(textOf(await stream.frames())).toBe('old');
     expect(
@@ -296,14 +288,13 @@ it('an execution that was accepted before a redeployment runs the graph that it 
     ).toBe('new');
   } finally {
     await worker.close();
-    await accepting.close();
   }
 });
 
 it('a worker answers probes and scrapes, and says who answers the rest', async () => {
-  const worker = await startTestApp({ ROLE: 'worker' });
+  const worker = await idle.startAnother({ ROLE: 'worker' });
   try {
-    const client = new Studio(worker.url);
+    const client = worker.studio;
     expect((await client.json('/health/ready')).status).toBe(200);
     expect(await client.metric('agent_studio_queue_depth')).toBe(0);
     for (const path of ['/api/executions', '/api/docs', '/api/workflows/execute']) {
@@ -314,4 +305,75 @@ it('a worker answers probes and scrapes, and says who answers the rest', async (
   } finally {
     await worker.close();
   }
+});
+
+describe('the list of executions', () => {
+  interface Page {
+    items: { execution_id: string; status: string }[];
+    next_cursor?: string;
+  }
+
+  let routes: DeploymentRoutes;
+
+  beforeAll(() => {
+    routes = new DeploymentRoutes(idle.url);
+  });
+
+  const page = async (query: string) => (await idle.studio.json<Page>(`/api/executions?${query}`)).body;
+
+  /** All pages of a list, and how many there were. */
+  async function all(query: string): Promise<{ ids: string[]; pages: number }> {
+    const ids: string[] = [];
+    for (let pages = 1, cursor = ''; ; pages++) {
+      const { items, next_cursor } = await page(`${query}${cursor}`);
+      ids.push(...items.map(({ execution_id }) => execution_id));
+      if (next_cursor === undefined) return { ids, pages };
+      cursor = `&cursor=${next_cursor}`;
+    }
+  }
+
+  const executions = (count: number, status: string) =>
+    Array.from({ length: count }, () => ({
+      status,
+      finishedAt: status === 'running' ? null : new Date(),
+      durationMs: 10,
+    }));
+
+  itInFull(
+    'a filter that few executions pass looks at so many for a page, and finds all of them over the pages',
+    async () => {
+      const rare = await routes.deployed();
+      const common = await routes.deployed();
+      const oldest = await insertExecutions(idle.database, rare, executions(3, 'error'));
+      await insertExecutions(idle.database, common, executions(125_000, 'completed'));
+      const newest = await insertExecutions(idle.database, rare, [
+        ...executions(2, 'running'),
+        ...executions(2, 'completed'),
+      ]);
+      const expected = [...oldest, ...newest].toReversed();
+      const first = await page(`deployment_name=${rare.deployment_name}&limit=5`);
+      expect(first.items.map(({ execution_id }) => execution_id)).toEqual(newest.toReversed());
+      expect(first.next_cursor).toEqual(expect.any(String));
+      expect(await all(`deployment_name=${rare.deployment_name}`)).toEqual({ ids: expected, pages: 2 });
+      expect((await all(`deployment_name=${rare.deployment_name}&limit=2`)).ids).toEqual(expected);
+      expect((await all('status=error&limit=1000')).ids).toEqual(oldest.toReversed());
+      // What has not ended is found by an index.
+      expect(await all('status=running')).toEqual({ ids: newest.slice(0, 2).toReversed(), pages: 1 });
+      expect(await all('status=queued')).toEqual({ ids: [], pages: 1 });
+    },
+  );
+
+  it('a period bounds what is looked at, and a list of a page has no cursor', async () => {
+    const { deployment_name } = await routes.deployed();
+    const query = `deployment_name=${deployment_name}`;
+    const tomorrow = new Date(Date.now() + 3 * 86_400_000).toISOString();
+    for (const period of [
+      `from=${tomorrow}`,
+      'to=2020-01-01',
+      'to=1960-01-01',
+      'from=1960-01-01&to=1961-01-01',
+    ]) {
+      expect(await page(`${query}&${period}`)).toEqual({ items: [] });
+    }
+  });
 });

@@ -1,17 +1,15 @@
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { beforeAll, describe, expect, it } from '@jest/globals';
 import fc from 'fast-check';
 import { Client } from 'pg';
 import { RELATIVE_ERROR } from '../../src/deployments/histogram.js';
 import { RollUps } from '../../src/deployments/roll-ups.js';
 import { BACKFILL } from '../../src/deployments/roll-ups.statements.js';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
 import { DeploymentRoutes } from '../support/deployments.js';
 import type { Deployment } from '../support/deployments.js';
 import { rounds } from '../support/effort.js';
 import { forgetStatistics, insertExecutions } from '../support/ended-executions.js';
 import type { EndedExecution } from '../support/ended-executions.js';
-import { Studio } from '../support/studio.js';
+import { withStudio } from '../support/with-studio.js';
 
 const DAY = Date.parse('2026-03-01T00:00:00Z');
 const HOUR = 3_600_000;
@@ -26,18 +24,16 @@ interface Statistics {
   series: { execution_count: number; duration_ms: Record<string, number> }[];
 }
 
-let server: TestApp;
-let studio: Studio;
+// Nothing is added to the statistics but by a test.
+const server = withStudio({ env: { ROLE: 'api' } });
+const { studio } = server;
 let routes: DeploymentRoutes;
 let rollUps: RollUps;
 
 beforeAll(async () => {
-  server = await startTestApp({ ROLE: 'api' }); // nothing is added to the statistics but by a test
-  studio = new Studio(server.url);
   routes = new DeploymentRoutes(server.url);
   rollUps = server.app.get(RollUps);
 });
-afterAll(() => server.close());
 
 const statistics = async ({ deployment_name }: Deployment, query = 'from=2026-03-01&to=2026-03-03') =>
   (await studio.json<Statistics>(`/api/deployments/${deployment_name}/statistics?${query}`)).body;

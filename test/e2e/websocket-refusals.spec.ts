@@ -1,20 +1,19 @@
 import { afterAll, afterEach, beforeAll, describe, expect, it } from '@jest/globals';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
-import { Studio, echo, until } from '../support/studio.js';
+import { echo, until } from '../support/studio.js';
+import { withStudio } from '../support/with-studio.js';
 import { WsClient } from '../support/ws-client.js';
 
 const UNKNOWN = '01900000-0000-7000-8000-00000000ffff';
-let app: TestApp;
-let studio: Studio;
+// Before the server closes.
+afterAll(() => client.close());
+const app = withStudio();
+const { studio } = app;
 let deployment: string;
 let client: WsClient;
 /** An execution that has ended. */
 let executionId: string;
 
 beforeAll(async () => {
-  app = await startTestApp();
-  studio = new Studio(app.url);
   deployment = await studio.deploy(echo());
   const stream = await studio.stream({ deployment_name: deployment, query: 'x' });
   executionId = stream.executionId;
@@ -22,10 +21,6 @@ beforeAll(async () => {
   client = await WsClient.open(app.url);
 });
 afterEach(() => void (client.answers.length = 0));
-afterAll(async () => {
-  await client.close();
-  await app.close();
-});
 
 describe('what is refused', () => {
   const RUN = '/api/workflows/execute/stream';
@@ -233,24 +228,26 @@ describe('what is refused', () => {
     }
   });
 
-  it('by the queue comes with the seconds to wait, which HTTP says in a header', async () => {
-    const full = await startTestApp({ ROLE: 'api', MAX_QUEUED: '1' });
-    const waiting = await WsClient.open(full.url);
-    try {
-      const name = await new Studio(full.url).deploy(echo());
-      const refused = await until(async () => {
-        const answer = await waiting.ask('execute', { deployment_name: name, query: 'x' });
-        return answer.event === 'error' ? answer : undefined;
-      });
-      expect(refused.data).toMatchObject({
-        code: 'queue_full',
-        status: 429,
-        retry_after: expect.any(Number),
-      });
-    } finally {
-      await waiting.close();
-      await full.close();
-    }
+  describe('by the queue', () => {
+    const full = withStudio({ env: { ROLE: 'api', MAX_QUEUED: '1' } });
+
+    it('comes with the seconds to wait, which HTTP says in a header', async () => {
+      const waiting = await WsClient.open(full.url);
+      try {
+        const name = await full.studio.deploy(echo());
+        const refused = await until(async () => {
+          const answer = await waiting.ask('execute', { deployment_name: name, query: 'x' });
+          return answer.event === 'error' ? answer : undefined;
+        });
+        expect(refused.data).toMatchObject({
+          code: 'queue_full',
+          status: 429,
+          retry_after: expect.any(Number),
+        });
+      } finally {
+        await waiting.close();
+      }
+    });
   });
 });
 

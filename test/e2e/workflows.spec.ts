@@ -1,14 +1,13 @@
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { describe, expect, it } from '@jest/globals';
 import request from 'supertest';
 import { WorkflowsService } from '../../src/workflows/workflows.service.js';
 import { supportDesk } from '../../src/workflows/example.js';
 import { Evaluator } from '../../src/engine/evaluation.js';
 import { runGraph } from '../../src/engine/runner.js';
 import { ModelRegistry } from '../../src/models/model-registry.js';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
 import { rounds } from '../support/effort.js';
 import { expectByChance } from '../support/inconclusive.js';
+import { withStudio } from '../support/with-studio.js';
 
 const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}$/;
 const UNKNOWN_ID = '01900000-0000-7000-8000-00000000ffff';
@@ -17,13 +16,8 @@ const LONE_SURROGATE = String.fromCharCode(0xd800);
 
 const oneAgent = { agents: [{ agent_id: 'a', agent_type: 'llm', config: { model: 'offline/echo' } }] };
 
-let server: TestApp;
+const server = withStudio();
 let names = 0;
-
-beforeAll(async () => {
-  server = await startTestApp();
-});
-afterAll(() => server.close());
 
 const uniqueName = () => `workflow ${++names}`;
 
