@@ -12,9 +12,9 @@ import { Studio, faultsOfStream, textOf, until, untilPasses, upstreamAgent } fro
 import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 
 const MIB = 1024 * 1024;
-/** After so long nothing may be left of a thousand clients. */
+/** After so long nothing may be left of hundreds of clients. */
 const FREED_MS = 10_000;
-const WAVES = 20;
+const WAVES = 10;
 /** Clients of a wave that leave in the middle of their stream, and as many that leave before its first byte. */
 const HALF_WAVE = 25;
 /** Timers and sockets that the pools, the queue and the notifications open and close by themselves. */
@@ -117,20 +117,25 @@ describe('four of five readers leave at random moments and the fifth has everyth
       expect(faultsOfStream(frames, executionId)).toEqual([]);
       expect(textOf(frames)).toBe(words.join(''));
     };
-    await fc.assert(fc.asyncProperty(leavers, round), { numRuns: 25, endOnFailure: true, timeout: 60_000 });
+    await fc.assert(fc.asyncProperty(leavers, round), { numRuns: 10, endOnFailure: true, timeout: 60_000 });
   });
 });
 
+async function toldBy(of: ServerProcess) {
+  return {
+    connections: await of.clientConnections(),
+    streams: await of.metric('agent_studio_open_streams'),
+  };
+}
+
 /** What a server has open for clients: exact, and each of it 0 in a server that has none. */
 async function openFor(of: ServerProcess) {
-  const streams = await of.metric('agent_studio_open_streams');
   // The two that are always there are the prototypes that Express makes of the class.
   const responses = (await of.held('node:http', 'ServerResponse')).count - 2;
   const readers = (await of.held('event-log/log-subscriptions.js', 'LogSubscription')).count;
   const counted = await database.query('SELECT 1 FROM execution_subscriber WHERE count > 0');
   return {
-    connections: await of.clientConnections(),
-    streams,
+    ...(await toldBy(of)),
     responses,
     readers,
     subscribers: counted.length,
@@ -139,8 +144,11 @@ async function openFor(of: ServerProcess) {
 
 const NOTHING = { connections: 0, streams: 0, responses: 0, readers: 0, subscribers: 0 };
 
-const untilOpen = (expected: typeof NOTHING, of = server) =>
-  untilPasses(async () => expect(await openFor(of)).toEqual(expected));
+/** What it says is asked again and again; its objects, which hold it up for a second, are counted once that is right. */
+async function untilOpen(expected: typeof NOTHING, of = server): Promise<void> {
+  await untilPasses(async () => expect({ ...expected, ...(await toldBy(of)) }).toEqual(expected));
+  await untilPasses(async () => expect(await openFor(of)).toEqual(expected));
+}
 
 /** Part of the statement that accepts an execution. */
 const INSERT = 'INSERT INTO execution (';
@@ -253,7 +261,7 @@ async function openInAll(of: ServerProcess) {
   };
 }
 
-it('1,000 clients that reset their connections leave nothing open, though nothing happens after that', async () => {
+it('hundreds of clients that reset their connections leave nothing open, though nothing happens after that', async () => {
   // The process with the clients runs nothing, so that what it has open afterwards was left by them.
   const worker = await startServer({ ROLE: 'worker', WORKER_CONCURRENCY: '2000', JOB_LOCK_MS: '60000' });
   const api = await startServer({ ROLE: 'api', DATABASE_POOL_SIZE: String(HALF_WAVE + OWN_TRAFFIC) });

@@ -16,7 +16,7 @@ const MIB = 1024 * 1024;
 const SOCKETS = 50;
 const STREAMS = 200;
 /** This long is what is tested, and no wait for anything. */
-const STALL_MS = 15_000;
+const STALL_MS = 10_000;
 const SAMPLE_MS = 2500;
 /** What stalled sockets may make the server hold. */
 const MOST_HELD = 64 * MIB;
