@@ -56,6 +56,18 @@ it('ends the execution whose agents say too much together', async () => {
   expect(await refused('execution')).toBe(1);
 });
 
+it.each([
+  ['of text and values alone', '{{ variables.x }}'.repeat(60)],
+  ['with a filter, in a thread', '{{ variables.x | upcase }}'.repeat(60)],
+])('ends the execution whose template makes more than a text may be: %s', async (_kind, template) => {
+  const deployment_name = await studio.deploy(
+    { agents: [{ agent_id: 'a', agent_type: 'template', config: { template } }] },
+    { variables: { x: 'x'.repeat(100_000) } },
+  );
+  const { status, body } = await studio.execute<{ code: string }>({ deployment_name, query: 'x' });
+  expect([status, body.code]).toEqual([502, 'output_too_large']);
+});
+
 it('the tokens of an execution stop at the most that is kept, and whoever ends beside it ends as well', async () => {
   const agents = ['a', 'b'].map((agent_id) => ({
     agent_id,

@@ -133,7 +133,7 @@ export const ATTACKS: Attack[] = [
   },
   {
     name: 'a template that doubles a text again and again, and compares it',
-    ends: ['agent_error'],
+    ends: ['output_too_large'],
     run: (target) => {
       const double = (name: string) =>
         `{% capture ${name} %}x{% endcapture %}` +

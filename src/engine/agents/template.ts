@@ -1,7 +1,9 @@
 import { z } from 'zod';
-import { compileTemplate } from '../templates.js';
+import { AppError, OutputLimitError } from '../../errors.js';
+import { EvaluationLimitError } from '../bounds.js';
+import { compileTemplate, type Template } from '../templates.js';
 import { toPointer } from '../validation.js';
-import { agentKind } from './agent.js';
+import { agentKind, type AgentContext } from './agent.js';
 
 /** `template`: speaks a text made from the query, the variables and earlier outputs, without a model. */
 export const templateAgent = agentKind(
@@ -11,7 +13,7 @@ export const templateAgent = agentKind(
     return (
       template && {
         async run(context) {
-          const text = await template.render(context);
+          const text = await rendered(template, context);
           if (text !== '') await context.emit(text);
           return { input_tokens: 0, output_tokens: 0 };
         },
@@ -19,3 +21,16 @@ export const templateAgent = agentKind(
     );
   },
 );
+
+/** What a template makes is what its agent says, so one that makes too much is refused as an agent that says too much. */
+async function rendered(template: Template, context: AgentContext): Promise<string> {
+  try {
+    return await template.render(context);
+  } catch (error) {
+    const isTooLarge =
+      error instanceof AppError &&
+      error.cause instanceof EvaluationLimitError &&
+      error.cause.limit === 'size';
+    throw isTooLarge ? new OutputLimitError('agent', error.message) : error;
+  }
+}
