@@ -1,18 +1,17 @@
 import { randomUUID } from 'node:crypto';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { beforeAll, describe, expect, it } from '@jest/globals';
 import fc from 'fast-check';
 import type { BatchDto } from '../../src/batches/batches.dto.js';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
 import { batchPlans, speak, textOfPlan } from '../support/batch-plans.js';
 import type { BatchConnection, BatchPlan, BatchReader, ItemPlan, Place } from '../support/batch-plans.js';
 import { BatchRoutes, byItem, faultsOfMerged, linesOf } from '../support/batches.js';
 import { rounds } from '../support/effort.js';
 import { expectByChance } from '../support/inconclusive.js';
-import { EventStream, Studio, isTerminal, textOf, until, upstreamAgent } from '../support/studio.js';
+import { EventStream, isTerminal, textOf, until, upstreamAgent } from '../support/studio.js';
 import type { Frame } from '../support/studio.js';
-import { Upstream } from '../support/upstream.js';
+import type { UpstreamAnswer } from '../support/upstream.js';
+import { withStudio } from '../support/with-studio.js';
 
 /** For each role of the second server. */
 const RUNS = rounds(25, 3);
@@ -28,17 +27,14 @@ interface Setting {
 
 /** What the upstream says to a query, and how often it was asked. */
 const answers = new Map<string, { plan: ItemPlan; canBeSilent: boolean; calls: number }>();
-let upstream: Upstream;
 
-beforeAll(async () => {
-  upstream = await Upstream.start((response, { body }) => {
-    const answer = answers.get((body.messages as { content: string }[]).at(-1)?.content ?? '');
-    if (!answer) return;
-    answer.calls++;
-    void speak(response, answer.plan, answer.canBeSilent);
-  });
-});
-afterAll(() => upstream.stop());
+/** What the upstream does. */
+const upstream: UpstreamAnswer = (response, { query }) => {
+  const answer = answers.get(query);
+  if (!answer) return;
+  answer.calls++;
+  void speak(response, answer.plan, answer.canBeSilent);
+};
 
 /** What the clients of one batch share. */
 class Run {
@@ -243,20 +239,14 @@ function faultsOf({ run, readings, cancellations, batch, log }: Outcome): string
 }
 
 describe.each(['api', 'all'].slice(0, rounds(2, 1)))('beside a server with the role %s', (role) => {
-  let servers: TestApp[];
+  const system = withStudio({ upstream, others: { other: { ROLE: role } } });
+  const { other } = system.others;
   let setting: Omit<Setting, 'signal'>;
 
   beforeAll(async () => {
-    const provider = { type: 'openai-compatible', base_url: upstream.url };
-    const env = { MODEL_PROVIDERS: JSON.stringify({ upstream: provider }) };
-    const server = await startTestApp(env);
-    servers = [await startTestApp({ ...env, ROLE: role }, server.database), server];
-    const [other, first] = servers.map(({ url }) => new BatchRoutes(new Studio(url)));
-    if (!first || !other) throw new Error('A server is missing.');
-    setting = { places: [first, other], deployment: await first.studio.deploy(upstreamAgent()) };
-  });
-  afterAll(async () => {
-    for (const server of servers) await server.close();
+    const first = new BatchRoutes(system.studio);
+    const deployment = await first.studio.deploy(upstreamAgent());
+    setting = { places: [first, new BatchRoutes(other.studio)], deployment };
   });
 
   it('every reader has the same whole merged stream, wherever it is cut and whoever merges it', async () => {
@@ -294,7 +284,7 @@ describe.each(['api', 'all'].slice(0, rounds(2, 1)))('beside a server with the r
   }, 330_000);
 
   it('leaves nothing behind', async () => {
-    const count = async (rows: string) => (await servers[1]?.database.query(`SELECT 1 FROM ${rows}`))?.length;
+    const count = async (rows: string) => (await system.database.query(`SELECT 1 FROM ${rows}`)).length;
     for (const { studio } of setting.places) {
       await until(async () => (await studio.metric('agent_studio_open_streams')) === 0 || undefined);
     }

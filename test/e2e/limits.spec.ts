@@ -1,35 +1,25 @@
 import type { ServerResponse } from 'node:http';
-import { afterAll, beforeAll, beforeEach, describe, expect, it } from '@jest/globals';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
-import { createTestDatabase } from '../support/database.js';
-import { Studio, faultsOfStream, until, upstreamAgent } from '../support/studio.js';
-import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { beforeEach, describe, expect, it } from '@jest/globals';
+import { faultsOfStream, until, upstreamAgent } from '../support/studio.js';
+import type { Studio } from '../support/studio.js';
+import { chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import type { UpstreamAnswer } from '../support/upstream.js';
+import { withStudio } from '../support/with-studio.js';
 
 interface ExecutionBody {
   execution_id: string;
   status: string;
 }
 
-let upstream: Upstream;
 /** Calls of the model that wait for their answer, by their query. */
 let calls: { query: string; response: ServerResponse }[] = [];
-
-beforeAll(async () => {
-  upstream = await Upstream.start((response, { body }) => {
-    writeStream(response, chatDelta('begun '));
-    const query = (body.messages as { content: string }[]).at(-1)?.content ?? '';
-    calls.push({ query, response });
-  });
-});
 beforeEach(() => {
   calls = [];
 });
-afterAll(() => upstream.stop());
 
-const startServer = (env: Record<string, string> = {}, given?: TestApp['database']) => {
-  const provider = { type: 'openai-compatible', base_url: upstream.url };
-  return startTestApp({ MODEL_PROVIDERS: JSON.stringify({ upstream: provider }), ...env }, given);
+const upstream: UpstreamAnswer = (response, { query }) => {
+  writeStream(response, chatDelta('begun '));
+  calls.push({ query, response });
 };
 
 const accept = async (studio: Studio, deployment_name: string, query: string) => {
@@ -54,18 +44,8 @@ const untilCalled = (queries: string[]) =>
   );
 
 describe('max_concurrency', () => {
-  let servers: TestApp[];
-  let studios: Studio[];
-
-  beforeAll(async () => {
-    const database = await createTestDatabase();
-    servers = [await startServer({}, database), await startServer({}, database)];
-    studios = servers.map(({ url }) => new Studio(url));
-  });
-  afterAll(async () => {
-    await Promise.all(servers.map((server) => server.close()));
-    await servers[0]?.database.drop();
-  });
+  const system = withStudio({ upstream, others: { second: {} } });
+  const studios = [system.studio, system.others.second.studio];
   /** One of the two, in turn. */
   const at = (index: number) => studios[index % 2] as Studio;
 
@@ -109,7 +89,7 @@ describe('max_concurrency', () => {
   });
 
   it('more are let in when the deployment gets a higher limit, and all of them when it is deleted', async () => {
-    const [studio] = studios as [Studio];
+    const { studio } = system;
     const name = await studio.deploy(upstreamAgent(), { max_concurrency: 1 });
     for (let index = 0; index < 6; index++) await accept(at(index), name, `${index}`);
     await untilCalled(['0']);
@@ -126,16 +106,17 @@ describe('max_concurrency', () => {
   });
 
   it.each([0, 1.5, -1, '2', 100_001])('%p is refused', async (max_concurrency) => {
-    const [studio] = studios as [Studio];
+    const { studio } = system;
     const failure = await studio.deploy(upstreamAgent(), { max_concurrency }).catch((error: Error) => error);
     expect(String(failure)).toContain('/runtime_config/max_concurrency');
   });
 });
 
 describe('a queue that is full', () => {
+  const accepting = withStudio({ upstream, env: { ROLE: 'api', MAX_QUEUED: '3' } });
+  const { studio } = accepting;
+
   it('refuses what is new with 429, loses nothing, and answers repeated requests', async () => {
-    const accepting = await startServer({ ROLE: 'api', MAX_QUEUED: '3' });
-    const studio = new Studio(accepting.url);
     const deployment = await studio.deploy(upstreamAgent());
     const request = (route: string, query: string, key?: string) =>
       studio.json<{ code: string; execution_id: string }>(`/api/workflows/execute${route}`, {
@@ -151,7 +132,7 @@ describe('a queue that is full', () => {
     }
     expect((await request('/async', '0', 'the key')).body.execution_id).toBe(first.body.execution_id);
 
-    const worker = await startServer({ ROLE: 'worker' }, accepting.database);
+    const worker = await accepting.startAnother({ ROLE: 'worker' });
     try {
       for (const query of ['0', '1', '2']) await answer(query);
       const id = await accept(studio, deployment, '3');
@@ -162,7 +143,6 @@ describe('a queue that is full', () => {
       expect(rows).toHaveLength(4);
     } finally {
       await worker.close();
-      await accepting.close();
     }
   });
 });

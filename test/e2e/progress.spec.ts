@@ -1,9 +1,8 @@
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { describe, expect, it } from '@jest/globals';
 import type { StepProgress } from '../../src/event-log/chunk.js';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
-import { Studio, faultsOfStream, until } from '../support/studio.js';
-import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { faultsOfStream, until } from '../support/studio.js';
+import { chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { withStudio } from '../support/with-studio.js';
 
 interface Progress {
   status: string;
@@ -15,26 +14,16 @@ interface Progress {
 
 /** Lets an agent's model come to its end, by the model's name. */
 const finish = new Map<string, () => void>();
-let upstream: Upstream;
-let server: TestApp;
-let studio: Studio;
-
-beforeAll(async () => {
-  upstream = await Upstream.start((response, request) => {
+const server = withStudio({
+  upstream: (response, request) => {
     writeStream(response, chatDelta('text'));
     finish.set(String(request.body.model), () => {
       writeStream(response, chatEnd());
       response.end();
     });
-  });
-  const provider = { type: 'openai-compatible', base_url: upstream.url };
-  server = await startTestApp({ MODEL_PROVIDERS: JSON.stringify({ upstream: provider }) });
-  studio = new Studio(server.url);
+  },
 });
-afterAll(async () => {
-  await server.close();
-  await upstream.stop();
-});
+const { studio } = server;
 
 const agent = (agent_id: string) => ({
   agent_id,
@@ -137,17 +126,14 @@ describe('progress', () => {
   });
 
   it('can be read of an execution whose provider is gone', async () => {
-    const database = server.database;
     const deployment = await studio.deploy(graph);
     const { body } = await studio.json<{ execution_id: string }>('/api/workflows/execute/async', {
       method: 'POST',
       body: { deployment_name: deployment, query: 'x' },
     });
-    const without = await startTestApp({ ROLE: 'api' }, database);
+    const without = await server.startAnother({ ROLE: 'api', MODEL_PROVIDERS: '{}' });
     try {
-      const answer = await new Studio(without.url).json<Progress>(
-        `/api/executions/${body.execution_id}/progress`,
-      );
+      const answer = await without.studio.json<Progress>(`/api/executions/${body.execution_id}/progress`);
       expect(answer).toMatchObject({ status: 200, body: { total_steps: 6 } });
     } finally {
       await without.close();

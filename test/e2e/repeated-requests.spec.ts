@@ -1,33 +1,25 @@
 import { randomUUID } from 'node:crypto';
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
-import { Studio, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
-import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { beforeAll, describe, expect, it } from '@jest/globals';
+import { faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
+import { chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { withStudio } from '../support/with-studio.js';
 
 /** What the upstream waits for before it says its last word. */
 let letGo: Promise<void>;
 let release: () => void;
-let upstream: Upstream;
-let server: TestApp;
-let studio: Studio;
-let deployment: string;
-
-beforeAll(async () => {
-  upstream = await Upstream.start(async (response) => {
+const server = withStudio({
+  upstream: async (response) => {
     writeStream(response, chatDelta('one '), chatDelta('two '));
     await letGo;
     writeStream(response, chatDelta('three'), chatEnd());
     response.end();
-  });
-  const provider = { type: 'openai-compatible', base_url: upstream.url };
-  server = await startTestApp({ MODEL_PROVIDERS: JSON.stringify({ upstream: provider }) });
-  studio = new Studio(server.url);
-  deployment = await studio.deploy(upstreamAgent());
+  },
 });
-afterAll(async () => {
-  await server.close();
-  await upstream.stop();
+const { studio, upstream } = server;
+let deployment: string;
+
+beforeAll(async () => {
+  deployment = await studio.deploy(upstreamAgent());
 });
 
 function hold(): void {

@@ -1,13 +1,12 @@
-import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from '@jest/globals';
+import { beforeEach, describe, expect, it } from '@jest/globals';
 import type { Chunk } from '../../src/event-log/chunk.js';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
 import { rounds } from '../support/effort.js';
 import { expectByChance } from '../support/inconclusive.js';
-import { Studio, echo, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
+import { echo, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
 import type { EventStream, Frame } from '../support/studio.js';
-import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 import type { UpstreamAnswer } from '../support/upstream.js';
+import { withStudio } from '../support/with-studio.js';
 import { Yardstick } from '../support/yardstick.js';
 
 /** How the upstream behaves, by the model that it is asked for. */
@@ -68,26 +67,19 @@ const SILENCE_MS = 1000;
 const DELAY_MS = 2000;
 /** Every execution that ran here. */
 const ended: { id: string; frames: Frame[] }[] = [];
-let upstream: Upstream;
-let server: TestApp;
-let studio: Studio;
-
-beforeAll(async () => {
-  upstream = await Upstream.start((response, request) => {
+const server = withStudio({
+  upstream: (response, request) => {
     const behaviour = behaviours[String(request.body.model)];
     if (behaviour) return behaviour(response, request);
     writeStream(response, chatDelta('fine'), chatEnd());
     return response.end();
-  });
-  const provider = { type: 'openai-compatible', base_url: upstream.url, timeout_ms: SILENCE_MS };
-  const locked = { type: 'openai', api_key_env: 'NOT_SET_ANYWHERE', base_url: upstream.url };
-  server = await startTestApp({ MODEL_PROVIDERS: JSON.stringify({ upstream: provider, locked }) });
-  studio = new Studio(server.url);
+  },
+  providers: {
+    upstream: { timeout_ms: SILENCE_MS },
+    locked: { type: 'openai', api_key_env: 'NOT_SET_ANYWHERE' },
+  },
 });
-afterAll(async () => {
-  await server.close();
-  await upstream.stop();
-});
+const { studio, upstream } = server;
 
 /** Streams to the end. */
 async function run(deployment: string, body: object = {}): Promise<{ id: string; frames: Frame[] }> {
@@ -249,20 +241,12 @@ describe('a terminal chunk comes exactly once and last', () => {
 });
 
 describe('a terminal chunk comes before the first step', () => {
-  let accepting: TestApp;
-  let client: Studio;
-
-  beforeEach(async () => {
-    const provider = { type: 'openai-compatible', base_url: upstream.url };
-    const env = { ROLE: 'api', MODEL_PROVIDERS: JSON.stringify({ upstream: provider }) };
-    accepting = await startTestApp(env);
-    client = new Studio(accepting.url);
-  });
-  afterEach(() => accepting.close());
+  const accepting = withStudio({ env: { ROLE: 'api' }, upstream: (response) => response.end() });
+  const client = accepting.studio;
 
   /** The end of an execution that is accepted here, once there is a worker, who has no provider. */
   async function endOfAccepted(stream: EventStream): Promise<Chunk | undefined> {
-    const worker = await startTestApp({ ROLE: 'worker' }, accepting.database);
+    const worker = await accepting.startAnother({ ROLE: 'worker', MODEL_PROVIDERS: '{}' });
     try {
       const { frames } = await endOf(stream);
       expect(frames).toHaveLength(2);
@@ -297,8 +281,8 @@ describe('a terminal chunk comes before the first step', () => {
   });
 
   it('when many cancel it at the same moment, and it is the same one for all', async () => {
-    const second = await startTestApp({ ROLE: 'api' }, accepting.database);
-    const clients = [client, new Studio(second.url)];
+    const second = await accepting.startAnother();
+    const clients = [client, second.studio];
     try {
       const deployment = await client.deploy(nothing);
       for (let round = 0; round < rounds(20, 3); round++) {
@@ -321,9 +305,9 @@ describe('a terminal chunk comes before the first step', () => {
 
 it('an execution whose provider is gone is refused before it starts', async () => {
   const deployment = await studio.deploy(upstreamAgent());
-  const other = await startTestApp({}, server.database);
+  const other = await server.startAnother({ MODEL_PROVIDERS: '{}' });
   try {
-    const answer = await new Studio(other.url).json<{ code: string }>('/api/workflows/execute/stream', {
+    const answer = await other.studio.json<{ code: string }>('/api/workflows/execute/stream', {
       method: 'POST',
       body: { deployment_name: deployment, query: 'x' },
     });

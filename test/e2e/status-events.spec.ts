@@ -1,37 +1,24 @@
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { describe, expect, it } from '@jest/globals';
 import { Client } from 'pg';
 import type { StatusChange, StatusSnapshot } from '../../src/status-events/status-event.js';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
 import { itInFull, rounds } from '../support/effort.js';
 import { StatusWatcher } from '../support/status-watcher.js';
-import { Studio, echo, until, upstreamAgent } from '../support/studio.js';
-import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { echo, until, upstreamAgent } from '../support/studio.js';
+import { chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { withStudio } from '../support/with-studio.js';
 
-let upstream: Upstream;
-let release: () => void;
-let server: TestApp;
-let api: TestApp;
-let studio: Studio;
-
-beforeAll(async () => {
-  const released = new Promise<void>((resolve) => (release = resolve));
-  upstream = await Upstream.start(async (response) => {
+let release: () => void = () => undefined;
+const released = new Promise<void>((resolve) => (release = resolve));
+const server = withStudio({
+  upstream: async (response) => {
     writeStream(response, chatDelta('x'));
     await released;
     response.end(chatEnd());
-  });
-  const provider = { type: 'openai-compatible', base_url: upstream.url };
-  const env = { MODEL_PROVIDERS: JSON.stringify({ upstream: provider }) };
-  server = await startTestApp(env);
-  api = await startTestApp({ ...env, ROLE: 'api' }, server.database);
-  studio = new Studio(server.url);
+  },
+  others: { api: { ROLE: 'api' } },
 });
-afterAll(async () => {
-  await api.close();
-  await server.close();
-  await upstream.stop();
-});
+const { studio, upstream } = server;
+const { api } = server.others;
 
 const watch = (path: string, lastEventId?: string) => StatusWatcher.open(path, [server.url], lastEventId);
 const ALL = '/api/executions/events';
@@ -344,7 +331,7 @@ describe('who watches a deployment', () => {
 });
 
 it('the streams end in good order when the server shuts down', async () => {
-  const second = await startTestApp({ ROLE: 'api' }, server.database);
+  const second = await server.startAnother({ ROLE: 'api' });
   const watcher = new StatusWatcher(ALL, [second.url]);
   await watcher.connect();
   await until(() => watcher.messages[0]);

@@ -1,12 +1,11 @@
 import type { ServerResponse } from 'node:http';
 import { setImmediate as nextTurn } from 'node:timers/promises';
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
+import { describe, expect, it } from '@jest/globals';
 import { rounds } from '../support/effort.js';
-import { Studio, echo, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
+import { echo, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
 import type { Frame } from '../support/studio.js';
-import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { withStudio } from '../support/with-studio.js';
 
 /** Only ends a test that hangs. */
 const HANG_MS = 90_000;
@@ -44,31 +43,33 @@ class HeldUpstream {
   }
 }
 
+const FAMILY = '👩‍👩‍👧‍👦!';
+
+/** Says {@link FAMILY} so that each byte is a packet of its own. */
+async function sayByteByByte(response: ServerResponse): Promise<void> {
+  response.socket?.setNoDelay(true);
+  for (const byte of Buffer.from(chatDelta(FAMILY))) {
+    writeStream(response, Buffer.from([byte]));
+    await nextTurn();
+  }
+  writeStream(response, chatEnd());
+  response.end();
+}
+
 /** What the upstream answers with, by the query that it is asked. */
 const answers = new Map<string, string[]>();
 const holding = new Map<string, HeldUpstream>();
-let upstream: Upstream;
-let server: TestApp;
-let studio: Studio;
-
-beforeAll(async () => {
-  upstream = await Upstream.start((response, { body }) => {
-    const messages = body.messages as { content: string }[];
-    const query = messages.at(-1)?.content ?? '';
+const server = withStudio({
+  upstream: (response, { query }) => {
+    if (query === 'byte by byte') return sayByteByByte(response);
     const held = holding.get(query);
     if (held) return held.answer(response);
     const deltas = answers.get(query) ?? ['nothing'];
     writeStream(response, ...deltas.map(chatDelta), chatEnd());
     return response.end();
-  });
-  const provider = { type: 'openai-compatible', base_url: upstream.url };
-  server = await startTestApp({ MODEL_PROVIDERS: JSON.stringify({ upstream: provider }) });
-  studio = new Studio(server.url);
+  },
 });
-afterAll(async () => {
-  await server.close();
-  await upstream.stop();
-});
+const { studio } = server;
 
 async function whole(
   deployment: string,
@@ -79,10 +80,10 @@ async function whole(
   return { id: stream.executionId, frames, raw: stream.raw };
 }
 
-/** The events of a stream as they came, without the `retry` that each connection begins with. */
 /** How many streams each of eight clients begins, one after the other. */
 const RUNS_OF_A_CLIENT = rounds(30, 4);
 
+/** The events of a stream as they came, without the `retry` that each connection begins with. */
 const eventsOf = (raw: string) => raw.replace('retry: 1000\n', '').split(/(?<=\n\n)/);
 
 describe('a stream', () => {
@@ -163,16 +164,16 @@ describe('a stream', () => {
   });
 
   it('of a finished run is replayed after a restart of the server and ends', async () => {
-    const first = await startTestApp({}, server.database);
-    const client = new Studio(first.url);
+    const first = await server.startAnother();
+    const client = first.studio;
     const body = { deployment_name: await client.deploy(echo()), query: 'before the restart' };
     const stream = await client.stream(body);
     const frames = await stream.frames();
     const lines = frames.map(({ data }) => data);
     await first.close();
-    const second = await startTestApp({}, server.database);
+    const second = await server.startAnother();
     try {
-      const again = new Studio(second.url);
+      const again = second.studio;
       const id = stream.executionId;
       for (const after of [undefined, 1, frames.length - 1]) {
         const rest = await again.follow(id, after, { signal: AbortSignal.timeout(HANG_MS) });
@@ -265,30 +266,9 @@ describe('hostile text', () => {
   });
 
   it('split in the middle of an emoji over two reads of the upstream arrives whole', async () => {
-    const bytes = Buffer.from(chatDelta('👩‍👩‍👧‍👦!'));
-    const splitting = await Upstream.start((response) => {
-      void (async () => {
-        response.socket?.setNoDelay(true);
-        for (const byte of bytes) {
-          writeStream(response, Buffer.from([byte]));
-          await new Promise((resolve) => setImmediate(resolve));
-        }
-        writeStream(response, chatEnd());
-        response.end();
-      })();
-    });
-    const other = await startTestApp({
-      MODEL_PROVIDERS: JSON.stringify({ upstream: { type: 'openai-compatible', base_url: splitting.url } }),
-    });
-    try {
-      const client = new Studio(other.url);
-      const name = await client.deploy(upstreamAgent());
-      const stream = await client.stream({ deployment_name: name, query: 'x' });
-      expect(textOf(await stream.frames())).toBe('👩‍👩‍👧‍👦!');
-    } finally {
-      await other.close();
-      await splitting.stop();
-    }
+    const name = await studio.deploy(upstreamAgent());
+    const { frames } = await whole(name, 'byte by byte');
+    expect(textOf(frames)).toBe(FAMILY);
   });
 });
 

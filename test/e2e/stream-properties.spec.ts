@@ -1,16 +1,15 @@
 import { randomUUID } from 'node:crypto';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { beforeAll, describe, expect, it } from '@jest/globals';
 import fc from 'fast-check';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
 import { rounds } from '../support/effort.js';
 import { Answer, plans } from '../support/execution-plans.js';
 import type { Connection, Plan } from '../support/execution-plans.js';
 import { expectByChance } from '../support/inconclusive.js';
-import { EventStream, Studio, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
-import type { Frame } from '../support/studio.js';
-import { Upstream } from '../support/upstream.js';
+import { EventStream, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
+import type { Frame, Studio } from '../support/studio.js';
+import type { UpstreamAnswer } from '../support/upstream.js';
+import { withStudio } from '../support/with-studio.js';
 
 /** For each role of the second server. */
 const RUNS = rounds(50, 5);
@@ -251,35 +250,20 @@ function faultsOf({ run, readings, cancellations, states, log }: Outcome): strin
   return faults;
 }
 
-let upstream: Upstream;
 /** By the query that is asked. */
 const answers = new Map<string, Answer>();
 
-beforeAll(async () => {
-  upstream = await Upstream.start((response, { body }) => {
-    const query = (body.messages as { content: string }[]).at(-1)?.content ?? '';
-    void answers.get(query)?.give(response);
-  });
-});
-afterAll(() => upstream.stop());
+const upstream: UpstreamAnswer = (response, { query }) => void answers.get(query)?.give(response);
 
 describe.each(['api', 'all'].slice(0, rounds(2, 1)))('beside a server with the role %s', (role) => {
-  let servers: TestApp[];
+  const system = withStudio({ upstream, others: { other: { ROLE: role } } });
   let setting: Omit<Setting, 'signal'>;
 
   beforeAll(async () => {
-    const provider = { type: 'openai-compatible', base_url: upstream.url };
-    const env = { MODEL_PROVIDERS: JSON.stringify({ upstream: provider }) };
-    const server = await startTestApp(env);
-    const other = await startTestApp({ ...env, ROLE: role }, server.database);
-    servers = [other, server];
-    const first = new Studio(server.url);
+    const first = system.studio;
     const patient = await first.deploy(upstreamAgent(), { disconnect_grace_ms: 600_000 });
     const impatient = await first.deploy(upstreamAgent(), { disconnect_grace_ms: 100 });
-    setting = { first, second: new Studio(other.url), patient, impatient };
-  });
-  afterAll(async () => {
-    for (const server of servers) await server.close();
+    setting = { first, second: system.others.other.studio, patient, impatient };
   });
 
   it('whoever stays has the whole log, wherever connections are cut and whatever ends the execution', async () => {
@@ -314,7 +298,7 @@ describe.each(['api', 'all'].slice(0, rounds(2, 1)))('beside a server with the r
   }, 330_000);
 
   it('leaves nothing behind', async () => {
-    const count = async (rows: string) => (await servers[1]?.database.query(`SELECT 1 FROM ${rows}`))?.length;
+    const count = async (rows: string) => (await system.database.query(`SELECT 1 FROM ${rows}`)).length;
     for (const studio of [setting.first, setting.second]) {
       await until(async () => (await studio.metric('agent_studio_open_streams')) === 0);
     }

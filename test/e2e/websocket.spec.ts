@@ -1,50 +1,31 @@
 import { randomUUID } from 'node:crypto';
-import { afterAll, afterEach, beforeAll, describe, expect, it } from '@jest/globals';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
+import { afterEach, beforeAll, describe, expect, it } from '@jest/globals';
 import { rounds } from '../support/effort.js';
-import {
-  EventStream,
-  Studio,
-  echo,
-  faultsOfStream,
-  textOf,
-  until,
-  upstreamAgent,
-} from '../support/studio.js';
+import { EventStream, echo, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
 import type { Frame } from '../support/studio.js';
-import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { withStudio } from '../support/with-studio.js';
 import { WsClient, frameOf } from '../support/ws-client.js';
 
 /** Lets the upstream's answer to a query come to its end. */
 const finish = new Map<string, () => void>();
-let upstream: Upstream;
-let app: TestApp;
-let studio: Studio;
+const app = withStudio({
+  upstream: (response, { query }) => {
+    writeStream(response, chatDelta('so far'));
+    finish.set(query, () => {
+      writeStream(response, chatDelta(' so good'), chatEnd());
+      response.end();
+    });
+  },
+  env: { WS_MAX_SUBSCRIPTIONS: '5' },
+});
+const { studio, upstream } = app;
 let deployment: string;
 let conducted: string;
 
 beforeAll(async () => {
-  upstream = await Upstream.start((response, { body }) => {
-    const { content } = (body.messages as { content: string }[]).at(-1) ?? { content: '' };
-    writeStream(response, chatDelta('so far'));
-    finish.set(content, () => {
-      writeStream(response, chatDelta(' so good'), chatEnd());
-      response.end();
-    });
-  });
-  const provider = { type: 'openai-compatible', base_url: upstream.url };
-  app = await startTestApp({
-    MODEL_PROVIDERS: JSON.stringify({ upstream: provider }),
-    WS_MAX_SUBSCRIPTIONS: '5',
-  });
-  studio = new Studio(app.url);
   deployment = await studio.deploy(echo());
   conducted = await studio.deploy(upstreamAgent(), { disconnect_grace_ms: 100 });
-});
-afterAll(async () => {
-  await app.close();
-  await upstream.stop();
 });
 
 const clients: WsClient[] = [];
