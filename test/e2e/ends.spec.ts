@@ -1,8 +1,8 @@
-import { afterAll, afterEach, beforeAll, expect, it } from '@jest/globals';
+import { afterEach, beforeAll, expect, it } from '@jest/globals';
 import { randomUUID } from 'node:crypto';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
-import { Studio, textOf, until } from '../support/studio.js';
+import { textOf, until } from '../support/studio.js';
+import { withStudio } from '../support/with-studio.js';
+import type { RunningStudio } from '../support/with-studio.js';
 
 /** An agent that works for two that answer; none of them is called in these tests. */
 const agent = (agent_id: string) => ({
@@ -18,24 +18,21 @@ const definition = {
   ],
 };
 
-let api: TestApp;
-let studio: Studio;
+const api = withStudio({ env: { ROLE: 'api' } });
+const { studio } = api;
 let deployment: string;
-let workers: TestApp[] = [];
+let workers: RunningStudio[] = [];
 
 beforeAll(async () => {
-  api = await startTestApp({ ROLE: 'api' });
-  studio = new Studio(api.url);
   deployment = await studio.deploy(definition);
 });
 afterEach(async () => {
   await Promise.all(workers.map((worker) => worker.close()));
   workers = [];
 });
-afterAll(() => api.close());
 
 async function startWorker(): Promise<void> {
-  workers.push(await startTestApp({ ROLE: 'worker', JOB_LOCK_MS: '1000' }, api.database));
+  workers.push(await api.startAnother({ ROLE: 'worker', JOB_LOCK_MS: '1000' }));
 }
 
 interface Execution {

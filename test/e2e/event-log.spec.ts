@@ -1,28 +1,20 @@
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { beforeAll, describe, expect, it } from '@jest/globals';
 import fc from 'fast-check';
 import { v7 as uuidv7 } from 'uuid';
 import type { Chunk } from '../../src/event-log/chunk.js';
 import { EventLog, FencedError } from '../../src/event-log/event-log.js';
 import type { LogOwner } from '../../src/event-log/event-log.js';
 import { StepStore } from '../../src/executions/step-store.js';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
 import { itInFull, rounds } from '../support/effort.js';
+import { withStudio } from '../support/with-studio.js';
 
-let server: TestApp;
-let other: TestApp;
+const server = withStudio({ env: { ROLE: 'api' }, others: { other: {} } });
 let log: EventLog;
 let otherLog: EventLog;
 
-beforeAll(async () => {
-  server = await startTestApp({ ROLE: 'api' });
-  other = await startTestApp({ ROLE: 'api' }, server.database);
+beforeAll(() => {
   log = server.app.get(EventLog);
-  otherLog = other.app.get(EventLog);
-});
-afterAll(async () => {
-  await other.close();
-  await server.close();
+  otherLog = server.others.other.app.get(EventLog);
 });
 
 const END = { status: 'completed', response: '', input_tokens: 1, output_tokens: 2 } as const;

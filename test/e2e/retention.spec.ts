@@ -1,11 +1,10 @@
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { describe, expect, it } from '@jest/globals';
 import { ExecutionsSweep } from '../../src/executions/executions.sweep.js';
 import { Retention } from '../../src/executions/retention.js';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
 import { itInFull } from '../support/effort.js';
-import { Studio, echo, faultsOfStream, until, upstreamAgent } from '../support/studio.js';
-import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { echo, faultsOfStream, until, upstreamAgent } from '../support/studio.js';
+import { chatDelta, chatEnd, writeStream } from '../support/upstream.js';
+import { withStudio } from '../support/with-studio.js';
 
 interface Execution {
   execution_id: string;
@@ -16,29 +15,17 @@ interface Execution {
 const RETENTION_DAYS = 7;
 /** A whole stream of this is far more than what fits into the buffers between server and client. */
 const LONG_TEXT_CHUNKS = 2000;
-let upstream: Upstream;
-let server: TestApp;
-let studio: Studio;
-
-beforeAll(async () => {
-  upstream = await Upstream.start((response, request) => {
+const server = withStudio({
+  upstream: (response, request) => {
     writeStream(response, chatDelta('x'));
     if (request.body.model !== 'long') return;
     const delta = chatDelta('y'.repeat(10_000));
     for (let chunk = 0; chunk < LONG_TEXT_CHUNKS; chunk++) response.write(delta);
     response.end(chatEnd());
-  });
-  const provider = { type: 'openai-compatible', base_url: upstream.url };
-  server = await startTestApp({
-    MODEL_PROVIDERS: JSON.stringify({ upstream: provider }),
-    EVENT_RETENTION_DAYS: String(RETENTION_DAYS),
-  });
-  studio = new Studio(server.url);
+  },
+  env: { EVENT_RETENTION_DAYS: String(RETENTION_DAYS) },
 });
-afterAll(async () => {
-  await server.close();
-  await upstream.stop();
-});
+const { studio } = server;
 
 async function age(executionId: string, days: number): Promise<void> {
   const sql = `UPDATE execution SET finished_at = finished_at - $2 * interval '1 day' WHERE execution_id = $1`;

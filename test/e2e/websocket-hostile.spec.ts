@@ -2,11 +2,10 @@ import { request as httpRequest } from 'node:http';
 import type { IncomingMessage } from 'node:http';
 import { connect } from 'node:net';
 import type { Socket } from 'node:net';
-import { afterAll, afterEach, beforeAll, describe, expect, it } from '@jest/globals';
-import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
+import { afterEach, beforeAll, describe, expect, it } from '@jest/globals';
 import { itInFull, rounds } from '../support/effort.js';
-import { Studio, echo, until } from '../support/studio.js';
+import { echo, until } from '../support/studio.js';
+import { withStudio } from '../support/with-studio.js';
 import { WsClient } from '../support/ws-client.js';
 
 const MAX_BODY_BYTES = 1_048_576;
@@ -18,26 +17,18 @@ const HANDSHAKE = {
   'sec-websocket-key': KEY,
 };
 
-let app: TestApp;
-let strict: TestApp;
-let worker: TestApp;
-let studio: Studio;
+const app = withStudio({
+  others: {
+    strict: { ROLE: 'api', CORS_ORIGINS: 'https://app.example, http://127.0.0.1:3000' },
+    worker: { ROLE: 'worker' },
+  },
+});
+const { studio } = app;
+const { strict, worker } = app.others;
 let deployment: string;
 
 beforeAll(async () => {
-  app = await startTestApp();
-  strict = await startTestApp(
-    { ROLE: 'api', CORS_ORIGINS: 'https://app.example, http://127.0.0.1:3000' },
-    app.database,
-  );
-  worker = await startTestApp({ ROLE: 'worker' }, app.database);
-  studio = new Studio(app.url);
   deployment = await studio.deploy(echo());
-});
-afterAll(async () => {
-  await worker.close();
-  await strict.close();
-  await app.close();
 });
 afterEach(async () => {
   await until(async () => (await studio.metric('agent_studio_open_websockets')) === 0);
