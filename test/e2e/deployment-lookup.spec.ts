@@ -1,29 +1,28 @@
-import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { beforeAll, describe, expect, it } from '@jest/globals';
 import request from 'supertest';
 import { v7 as uuidv7 } from 'uuid';
 import { DeploymentsService } from '../../src/deployments/deployments.service.js';
 import { ExampleSeed } from '../../src/deployments/example.seed.js';
 import { supportDeskId } from '../../src/workflows/example.js';
 import { startTestApp } from '../support/app.js';
-import type { TestApp } from '../support/app.js';
 import { createTestDatabase } from '../support/database.js';
+import type { TestDatabase } from '../support/database.js';
 import { DeploymentRoutes, saying } from '../support/deployments.js';
 import type { Deployment } from '../support/deployments.js';
 import { itInFull } from '../support/effort.js';
 import { failureOf } from '../support/models.js';
+import { withStudio } from '../support/with-studio.js';
 
 const NUL = String.fromCharCode(0);
 
-let server: TestApp;
+const server = withStudio();
 let routes: DeploymentRoutes;
 let deployments: DeploymentsService;
 
 beforeAll(async () => {
-  server = await startTestApp();
   routes = new DeploymentRoutes(server.url);
   deployments = server.app.get(DeploymentsService);
 });
-afterAll(() => server.close());
 
 describe('finding what to execute', () => {
   it('takes production before a newer environment, and the active before the stopped', async () => {
@@ -97,7 +96,7 @@ describe('finding what to execute', () => {
 });
 
 describe('the seeded example', () => {
-  const count = async (of: TestApp) =>
+  const count = async (of: { database: TestDatabase }) =>
     of.database.query(
       'SELECT workflow_id, deployment_name, status FROM workflow LEFT JOIN deployment USING (workflow_id)',
     );

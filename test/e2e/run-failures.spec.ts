@@ -1,6 +1,6 @@
 import { beforeEach, describe, expect, it } from '@jest/globals';
 import type { Chunk } from '../../src/event-log/chunk.js';
-import { rounds } from '../support/effort.js';
+import { IS_FULL, rounds } from '../support/effort.js';
 import { expectByChance } from '../support/inconclusive.js';
 import { echo, faultsOfStream, textOf, until, upstreamAgent } from '../support/studio.js';
 import type { EventStream, Frame } from '../support/studio.js';
@@ -127,7 +127,10 @@ describe('a terminal chunk comes exactly once and last', () => {
     ['the upstream sends half a JSON', 'half-json', { text: 'word', code: 'model_error' }],
     ['the upstream ends without saying so', 'ends-without-finish', { text: 'word', code: 'model_error' }],
   ];
-  it.each(cases)('when %s', async (_name, model, expected) => {
+  /** Silence is waited for in each of these, and once is enough. */
+  const silent = ['hangs', 'sends-comments-only'];
+  const chosen = cases.filter(([, model]) => IS_FULL || !silent.includes(model));
+  it.each(chosen)('when %s', async (_name, model, expected) => {
     const deployment = await studio.deploy(upstreamAgent({ model: `upstream/${model}` }));
     const { id, frames } = await run(deployment);
     expect(textOf(frames)).toBe(expected.text);
@@ -333,7 +336,7 @@ it('`execute` answers with the status of the error that ended the run', async ()
 });
 
 it('nothing has followed any terminal chunk, and nothing is left running', async () => {
-  expect(ended.length).toBeGreaterThan(15);
+  expect(ended.length).toBeGreaterThan(rounds(15, 13));
   for (const { id, frames } of ended) {
     const again = await (await studio.follow(id)).frames();
     expect(again.map(({ data }) => data)).toEqual(frames.map(({ data }) => data));
