@@ -133,7 +133,7 @@ export const ATTACKS: Attack[] = [
   },
   {
     name: 'a template that doubles a text again and again, and compares it',
-    ends: ['output_too_large'],
+    ends: ['agent_error', 'output_too_large'],
     run: (target) => {
       const double = (name: string) =>
         `{% capture ${name} %}x{% endcapture %}` +
