@@ -1,3 +1,6 @@
+/** Control characters that JSON writes with two characters: `\b`, `\t`, `\n`, `\f` and `\r`. */
+const SHORT_ESCAPES = [0x08, 0x09, 0x0a, 0x0c, 0x0d];
+
 /** Cuts a text between code points, so that each piece takes `mostBytes` at most in a chunk's JSON. The pieces joined are the text. */
 export function cutText(text: string, mostBytes: number): string[] {
   const pieces: string[] = [];
@@ -54,7 +57,7 @@ export function jsonBytes(text: string): number {
 function bytesOf(unit: number): number {
   if (unit < 0x80) {
     if (unit >= 0x20) return unit === 0x22 || unit === 0x5c ? 2 : 1;
-    return unit === 0x0a || unit === 0x0d || unit === 0x09 ? 2 : 6;
+    return SHORT_ESCAPES.includes(unit) ? 2 : 6;
   }
   if (unit < 0x800) return unit === 0x85 ? 6 : 2;
   const isEscaped = unit === 0x2028 || unit === 0x2029 || (unit >= 0xd800 && unit <= 0xdfff);

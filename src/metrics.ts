@@ -51,7 +51,7 @@ export class Metrics {
   });
   readonly refusedEvaluations = new Counter({
     name: 'agent_studio_refused_evaluations_total',
-    help: 'Evaluations in a thread that went beyond a limit: time, size (of texts and lists) or memory',
+    help: 'Evaluations in a thread that went beyond a limit: time, text (the length of one), size (of all it reads and makes) or memory',
     labelNames: ['limit'] as const,
     registers: [this.registry],
   });

@@ -12,8 +12,8 @@ const MAX_SEARCH_STEPS = 200_000_000;
 /** Of a number or an object in a text: "[object Object]" and the longest numbers take no more. */
 const CHARS_OF_OTHERS = 24;
 
-/** What an evaluation went beyond. */
-export type EvaluationLimit = 'time' | 'size' | 'memory';
+/** What an evaluation went beyond: its time, the length of one text, all that it reads and makes, or the memory of its thread. */
+export type EvaluationLimit = 'time' | 'text' | 'size' | 'memory';
 
 /** A template or a condition went beyond a limit; the message says so in words for a client. */
 export class EvaluationLimitError extends Error {
@@ -52,7 +52,7 @@ export function refuseLongText(value: unknown): number {
 /** Throws {@link EvaluationLimitError} if a text of this length is longer than 5,000,000 characters. */
 export function refuseLength(length: number): void {
   if (length <= MAX_TEXT_CHARS) return;
-  throw new EvaluationLimitError(`its text is longer than ${MAX_TEXT_CHARS} characters`, 'size');
+  throw new EvaluationLimitError(`its text is longer than ${MAX_TEXT_CHARS} characters`, 'text');
 }
 
 /**

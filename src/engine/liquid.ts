@@ -55,7 +55,7 @@ export function explainLiquid(error: unknown): Error {
   // Where the stack ends decides how often LiquidJS has wrapped this one.
   if (error.message.startsWith('Maximum call stack size exceeded'))
     return new EvaluationLimitError('it is nested too deeply', 'size');
-  if (original instanceof RangeError) return new EvaluationLimitError('its text is too long', 'size');
+  if (original instanceof RangeError) return new EvaluationLimitError('its text is too long', 'text');
   const [, limited] = /(memory alloc|template render) limit exceeded/.exec(error.message) ?? [];
   if (limited === undefined) return error;
   return new EvaluationLimitError(error.message, limited === 'memory alloc' ? 'size' : 'time');

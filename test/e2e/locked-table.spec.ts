@@ -1,4 +1,5 @@
-import { expect, it } from '@jest/globals';
+import { expect } from '@jest/globals';
+import { itInFull } from '../support/effort.js';
 import { until, upstreamAgent } from '../support/studio.js';
 import { chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 import { withStudio } from '../support/with-studio.js';
@@ -50,31 +51,34 @@ async function msOf(deployment: string, query: string): Promise<number> {
   return performance.now() - begun;
 }
 
-it('executions that a lock keeps from being committed leave nothing in the queue, and no slot that waits for them', async () => {
-  const deployment = await studio.deploy(upstreamAgent());
-  await msOf(deployment, 'first');
-  const yardstick = await Yardstick.lay();
-  const before = await msOf(deployment, 'before');
-  let answers: Answer[] = [];
-  let late: Promise<Answer[]> | undefined;
-  await database.whileLocked('execution', 'ACCESS EXCLUSIVE', async () => {
-    answers = await ask(deployment, REFUSED, 'refused');
-    // Only what workers have already is left.
-    await until(async () => (await jobs()) <= SLOTS, 10_000);
-    late = ask(deployment, LATE, 'late');
-    await until(async () => (await jobs()) > SLOTS);
-  });
-  answers.push(...((await late) ?? []));
-  const after = await msOf(deployment, 'after');
-  await yardstick.expectAtMost(after - before, AFTER_MS, 'what is asked for after the lock');
-  for (const { status, body, headers } of answers) {
-    if (status === 202) continue;
-    expect([status, body.code]).toEqual([503, 'unavailable']);
-    expect(Number(headers.get('retry-after'))).toBeGreaterThan(0);
-  }
-  await until(async () => (await jobs()) === 0);
-  const accepted = answers.filter(({ status }) => status === 202).map(({ query }) => query);
-  expect(accepted.length).toBeGreaterThan(0);
-  const asked = system.upstream.requests.map(({ query }) => query);
-  expect(asked.filter((query) => /^(refused|late)/.test(query)).toSorted()).toEqual(accepted.toSorted());
-});
+itInFull(
+  'executions that a lock keeps from being committed leave nothing in the queue, and no slot that waits for them',
+  async () => {
+    const deployment = await studio.deploy(upstreamAgent());
+    await msOf(deployment, 'first');
+    const yardstick = await Yardstick.lay();
+    const before = await msOf(deployment, 'before');
+    let answers: Answer[] = [];
+    let late: Promise<Answer[]> | undefined;
+    await database.whileLocked('execution', 'ACCESS EXCLUSIVE', async () => {
+      answers = await ask(deployment, REFUSED, 'refused');
+      // Only what workers have already is left.
+      await until(async () => (await jobs()) <= SLOTS, 10_000);
+      late = ask(deployment, LATE, 'late');
+      await until(async () => (await jobs()) > SLOTS);
+    });
+    answers.push(...((await late) ?? []));
+    const after = await msOf(deployment, 'after');
+    await yardstick.expectAtMost(after - before, AFTER_MS, 'what is asked for after the lock');
+    for (const { status, body, headers } of answers) {
+      if (status === 202) continue;
+      expect([status, body.code]).toEqual([503, 'unavailable']);
+      expect(Number(headers.get('retry-after'))).toBeGreaterThan(0);
+    }
+    await until(async () => (await jobs()) === 0);
+    const accepted = answers.filter(({ status }) => status === 202).map(({ query }) => query);
+    expect(accepted.length).toBeGreaterThan(0);
+    const asked = system.upstream.requests.map(({ query }) => query);
+    expect(asked.filter((query) => /^(refused|late)/.test(query)).toSorted()).toEqual(accepted.toSorted());
+  },
+);

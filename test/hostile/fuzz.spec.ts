@@ -18,7 +18,7 @@ import type { Exchange } from './raw-exchange.js';
 /** `FUZZ_SEED` repeats the requests of a failure. */
 const SEED = Number(process.env.FUZZ_SEED ?? Math.floor(Math.random() * 2 ** 31));
 const REQUESTS = rounds(2500, 20);
-const MESSAGES_SENT = rounds(1000, 10);
+const MESSAGES_SENT = 1000;
 const AT_ONCE = 8;
 /** After so many requests what they are about is made anew: some of them delete it. */
 const RENEWED_AFTER = 100;
@@ -126,10 +126,14 @@ function fuzzedMessage(random: Random, { names }: Known): string {
 }
 
 describe(`what nobody sends in earnest harms nobody (FUZZ_SEED=${SEED})`, () => {
-  it.each([
-    [`${REQUESTS} requests of all routes`, fuzzHttp],
-    [`${MESSAGES_SENT} messages on WebSockets`, fuzzWebSocket],
-  ])(
+  it.each(
+    (
+      [
+        [`${REQUESTS} requests of all routes`, fuzzHttp],
+        [`${MESSAGES_SENT} messages on WebSockets`, fuzzWebSocket],
+      ] as const
+    ).slice(0, rounds(2, 1)),
+  )(
     '%s',
     async (_, fuzz) => {
       const server = await system.start();

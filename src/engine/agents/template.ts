@@ -30,7 +30,7 @@ async function rendered(template: Template, context: AgentContext): Promise<stri
     const isTooLarge =
       error instanceof AppError &&
       error.cause instanceof EvaluationLimitError &&
-      error.cause.limit === 'size';
+      error.cause.limit === 'text';
     throw isTooLarge ? new OutputLimitError('agent', error.message) : error;
   }
 }
