@@ -1,8 +1,8 @@
 import { Logger } from '@nestjs/common';
 import type { Pool } from 'pg';
 import { BUSY, IsolatedWrites } from '../database/isolated-writes.js';
-import { ROW_SEPARATOR } from '../database/text-parameter.js';
 import type { SessionConnection } from '../database/session-connection.js';
+import { ROW_SEPARATOR } from '../database/text-parameter.js';
 import type { Metrics } from '../metrics.js';
 import { FlushSchedule } from './flush-schedule.js';
 import type { ExecutionLogWriter, PendingRow } from './log-writer.js';

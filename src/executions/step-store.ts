@@ -4,10 +4,10 @@ import { Pool } from 'pg';
 import { GroupCommit } from '../database/group-commit.js';
 import type { Step } from '../database/entities/step.entity.js';
 import { BUSY } from '../database/isolated-writes.js';
-import { joinRows, jsonOf } from '../database/text-parameter.js';
-import type { TextParameter } from '../database/text-parameter.js';
 import { queryLarge } from '../database/query-at-length.js';
 import { storableText } from '../database/storable-text.js';
+import { joinRows, jsonOf } from '../database/text-parameter.js';
+import type { TextParameter } from '../database/text-parameter.js';
 import { ClosedError } from '../database/unavailable.js';
 import { Metrics } from '../metrics.js';
 

@@ -16,7 +16,7 @@ const MAX_KEPT_MODELS = 200;
 const MAX_NAME_LENGTH = 300;
 
 /** Of a provider's answer so many bytes are kept for each that an agent may say, as it may escape more, and for what is beside them. */
-const BYTES_OF_BYTE = 3;
+const MOST_ESCAPING = 3;
 const BYTES_BESIDE = 1024 * 1024;
 
 /** The documented defaults, spelled out, because the AI SDK would look into the environment for others. */
@@ -50,7 +50,7 @@ export class AiSdkModelRegistry extends ModelRegistry {
     super();
     this.fetch = createUpstreamFetch(
       this.connections,
-      config.MAX_AGENT_OUTPUT * BYTES_OF_BYTE + BYTES_BESIDE,
+      config.MAX_AGENT_OUTPUT * MOST_ESCAPING + BYTES_BESIDE,
     );
     this.providers = new Map(Object.entries(config.MODEL_PROVIDERS));
   }

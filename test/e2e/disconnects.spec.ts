@@ -135,6 +135,14 @@ describe('an execution that lost its clients', () => {
     expect(frames.at(-1)?.chunk.status).toBe('cancelled');
   });
 
+  /** Begins an execution whose client leaves, and waits for its end: one that had lost its clients before would have ended, too. */
+  async function untilAnotherIsCancelled(): Promise<void> {
+    const request = { deployment_name: impatient, query: randomUUID(), on_disconnect: 'cancel' };
+    const stream = await studio.stream(request);
+    await stream.take(2);
+    await stateWith(stream.executionId, ({ status }) => status === 'cancelled');
+  }
+
   it('is not cancelled while one of several clients is there, or if one comes back in time', async () => {
     const patient = await studio.deploy(upstreamAgent(), { disconnect_grace_ms: 20_000 });
     const query = randomUUID();
@@ -151,8 +159,7 @@ describe('an execution that lost its clients', () => {
     await stateWith(first.executionId, ({ subscribers }) => subscribers === 2);
     await first.take(2);
     await stateWith(first.executionId, ({ subscribers }) => subscribers === 1);
-    // Several times the grace, and longer than a worker takes to look: here it is the time itself that is tested.
-    await new Promise((resolve) => setTimeout(resolve, 1500));
+    await untilAnotherIsCancelled();
     finish.get(both)?.();
     expect(textOf(await stays.frames())).toBe('so far so good');
     finish.get(query)?.();
@@ -189,8 +196,7 @@ describe('an execution that lost its clients', () => {
         method: 'HEAD',
       });
       expect(head.status).toBe(200);
-      // Several times the grace, and longer than a worker takes to look: here it is the time itself that is tested.
-      await new Promise((resolve) => setTimeout(resolve, 1500));
+      await untilAnotherIsCancelled();
       finish.get(query)?.();
       const ended = await stateWith(accepted.execution_id, ({ status }) => status !== 'running');
       expect(ended).toMatchObject({ status: 'completed', response: 'so far so good' });

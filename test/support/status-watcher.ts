@@ -44,15 +44,15 @@ export class StatusWatcher {
       const leaving = new AbortController();
       const url = this.urls[randomInt(this.urls.length)] ?? '';
       const most = this.messages.length + randomInt(1, 12);
-      // No condition can say that a stream has nothing more for now, so a reader whose piece does not come leaves after a while.
-      const timer = setTimeout(() => leaving.abort(), 700);
+      // Its piece may never come, since the stream has no end of its own.
+      const timer = setInterval(() => done() && leaving.abort(), 20);
       try {
         const response = await fetch(url + this.path, { headers, signal: leaving.signal });
         await this.read(response, () => this.messages.length >= most);
       } catch (error) {
         if (!leaving.signal.aborted) throw error;
       } finally {
-        clearTimeout(timer);
+        clearInterval(timer);
         leaving.abort();
       }
     }

@@ -1,5 +1,6 @@
 import { z } from 'zod';
 import { AppError, OutputLimitError } from '../../errors.js';
+import { NO_USAGE } from '../../models/usage.js';
 import { EvaluationLimitError } from '../bounds.js';
 import { compileTemplate, type Template } from '../templates.js';
 import { toPointer } from '../validation.js';
@@ -15,7 +16,7 @@ export const templateAgent = agentKind(
         async run(context) {
           const text = await rendered(template, context);
           if (text !== '') await context.emit(text);
-          return { input_tokens: 0, output_tokens: 0 };
+          return NO_USAGE;
         },
       }
     );
