@@ -1,7 +1,9 @@
-import base from './jest.config.js';
+import all, { server } from './jest.config.js';
+
+const [unit] = all.projects;
 
 /** The tests of `npm test`: all but those that start processes of their own. */
 export default {
-  ...base,
-  testPathIgnorePatterns: [...base.testPathIgnorePatterns, '<rootDir>/test/processes/'],
+  ...all,
+  projects: [unit, { ...server, testPathIgnorePatterns: ['<rootDir>/test/processes/'] }],
 };

@@ -1,18 +1,22 @@
 import { randomUUID } from 'node:crypto';
+import { readdirSync, statSync } from 'node:fs';
 import { mkdtemp } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Client } from 'pg';
+
+const SOURCE = new URL('../../src/', import.meta.url);
+const BUILT = new URL('../../dist/', import.meta.url);
 
 /** Its data is thrown away, so nothing of it needs to survive a loss of power. */
 const SERVER_OPTIONS = { max_connections: '500', fsync: 'off', full_page_writes: 'off' };
 
 /**
  * Starts one real PostgreSQL for the whole run, or takes the one of `TEST_DATABASE_URL`, and makes on it the database of which
- * each test file's own is a copy: `TEST_DATABASE_TEMPLATE`. Jest does not map module names here, so it is the built code that
- * is imported.
+ * each test file's own is a copy: `TEST_DATABASE_TEMPLATE`.
  */
 export default async function globalSetup() {
+  requireFreshBuild();
   globalThis.testPostgres = {};
   process.env.TEST_DATABASE_URL ??= await startPostgres();
   process.env.TEST_DATABASE_TEMPLATE = await createTemplate(process.env.TEST_DATABASE_URL);
@@ -51,8 +55,15 @@ async function runStatement(connectionString, text) {
   }
 }
 
+/** Tests of a server that is not the one of the sources would show nothing. */
+function requireFreshBuild() {
+  const built = statSync(new URL('main.js', BUILT), { throwIfNoEntry: false })?.mtimeMs ?? 0;
+  const newer = readdirSync(SOURCE, { recursive: true }).find(
+    (name) => name.endsWith('.ts') && statSync(new URL(name, SOURCE)).mtimeMs > built,
+  );
+  if (newer) throw new Error(`src/${newer} is newer than the built server, which is tested: npm run build`);
+}
+
 function importBuilt(module) {
-  return import(new URL(`../../dist/${module}`, import.meta.url).href).catch((cause) => {
-    throw new Error('The tests start with the built server: run `npm run build` first.', { cause });
-  });
+  return import(new URL(module, BUILT).href);
 }

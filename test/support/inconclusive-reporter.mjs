@@ -1,4 +1,4 @@
-import { readFileSync, writeFileSync } from 'node:fs';
+import { readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join, relative } from 'node:path';
 
@@ -7,13 +7,18 @@ import { join, relative } from 'node:path';
  * file that they are kept in, one JSON object a line; without it they are in a temporary one.
  */
 export default class InconclusiveReporter {
+  #temporary = process.env.INCONCLUSIVE_LOG
+    ? undefined
+    : join(tmpdir(), `agent-studio-inconclusive-${process.pid}.jsonl`);
+
   onRunStart() {
-    process.env.INCONCLUSIVE_LOG ??= join(tmpdir(), `agent-studio-inconclusive-${process.pid}.jsonl`);
+    process.env.INCONCLUSIVE_LOG ??= this.#temporary;
     writeFileSync(process.env.INCONCLUSIVE_LOG, '');
   }
 
   onRunComplete() {
     const told = readInconclusive(process.env.INCONCLUSIVE_LOG);
+    if (this.#temporary) rmSync(this.#temporary);
     if (told.length === 0) return;
     const lines = told.map(({ file, test, reason }) => `  ${relative('', file)} › ${test}\n    ${reason}`);
     process.stderr.write(`\nInconclusive: ${told.length}\n${lines.join('\n')}\n`);
