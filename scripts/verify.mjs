@@ -23,7 +23,19 @@ import { checkProblem, UUID } from './verify/stream-rules.mjs';
 import { Verification } from './verify/verification.mjs';
 import { checkWebSocket } from './verify/websocket.mjs';
 
-const HELP = `Usage: npm run verify -- [--url http://127.0.0.1:8000]
+/** What is checked, in this order. */
+const PARTS = {
+  refusals: checkRefusals,
+  streams: checkStreams,
+  executions: checkExecutions,
+  status: checkStatusEvents,
+  batches: checkBatches,
+  websocket: checkWebSocket,
+  records: checkRecords,
+  stop: checkStop,
+};
+
+const HELP = `Usage: npm run verify -- [--url http://127.0.0.1:8000] [--only ${Object.keys(PARTS).join(',')}]
 
 Checks a running server against what its clients are promised, and removes what it made there. Needs no model.`;
 
@@ -46,25 +58,27 @@ const CONFIGURATION = {
   ],
 };
 
-async function verify(verification) {
+/** @param {(keyof typeof PARTS)[]} parts */
+async function verify(verification, parts) {
   await checkServer(verification);
   verification.workflow = await checkWorkflow(verification);
   if (!verification.workflow || !(await checkDeployment(verification))) return;
-  await checkRefusals(verification);
+  for (const [part, check] of Object.entries(PARTS)) if (parts.includes(part)) await check(verification);
+}
+
+async function checkStreams(verification) {
   const response = await checkExecute(verification);
   const stream = await checkStream(verification, response);
   if (stream) await checkResume(verification, stream);
   if (stream) await checkRepeatedPost(verification, stream);
   await checkIdempotencyKeys(verification);
+}
+
+async function checkExecutions(verification) {
   await checkProgressChunks(verification);
   await checkFailure(verification);
   await checkAsync(verification);
   await checkCancel(verification);
-  await checkStatusEvents(verification);
-  await checkBatches(verification);
-  await checkWebSocket(verification);
-  await checkRecords(verification);
-  await checkStop(verification);
 }
 
 async function checkServer({ check, get, client }) {
@@ -226,7 +240,7 @@ async function checkStop({ check, post, name }) {
   });
 }
 
-async function run(url) {
+async function run(url, parts) {
   const interrupted = new AbortController();
   for (const name of ['SIGINT', 'SIGTERM']) {
     process.on(name, () => interrupted.abort(new Error(`Stopped by ${name}.`)));
@@ -234,7 +248,7 @@ async function run(url) {
   const verification = new Verification(new Client(url, interrupted.signal, ANSWER_TIMEOUT_MS));
   console.log(`Verifying ${url}\n`);
   try {
-    await verify(verification);
+    await verify(verification, parts);
   } catch (error) {
     process.exitCode = 1;
     const advice =
@@ -252,12 +266,15 @@ async function run(url) {
 
 try {
   const { values } = parseArgs({
-    options: { url: { type: 'string' }, help: { type: 'boolean', short: 'h' } },
+    options: { url: { type: 'string' }, only: { type: 'string' }, help: { type: 'boolean', short: 'h' } },
   });
-  const { url = 'http://127.0.0.1:8000', help } = values;
+  const { url = 'http://127.0.0.1:8000', only, help } = values;
   if (!URL.canParse(url)) throw new Error(`"${url}" is no URL.`);
+  const parts = only?.split(',') ?? Object.keys(PARTS);
+  const unknown = parts.find((part) => !Object.hasOwn(PARTS, part));
+  if (unknown !== undefined) throw new Error(`There is no part "${unknown}" to check.`);
   if (help) console.log(HELP);
-  else await run(url);
+  else await run(url, parts);
 } catch (error) {
   console.error(`${error.message}\n\n${HELP}`);
   process.exitCode = 1;

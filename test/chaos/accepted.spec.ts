@@ -1,13 +1,12 @@
 import { afterAll, beforeAll, expect, it } from '@jest/globals';
-import { Chaos, PATIENCE_MS, QUEUE, describeChaos } from '../support/chaos.js';
+import { Chaos, PATIENCE_MS, describeChaos } from '../support/chaos.js';
 import type { StackProcess } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import { whileLocked } from '../support/database.js';
 import type { ClientRun } from '../support/chaos-clients.js';
-import { rounds } from '../support/effort.js';
 
-/** With Redis fewer, since only the queue differs. */
-const ROUNDS = rounds(QUEUE === 'postgres' ? 5 : 4, 4);
+/** Each of the two ways at each of the two api processes. */
+const ROUNDS = 4;
 const RUNS_A_ROUND = 5;
 const PIECES = 4;
 /** A whole test; only ends one that hangs. */

@@ -14,9 +14,9 @@ import { until } from '../support/studio.js';
  * started watches the others for a lease before it takes anything over, and what lost two workers runs one at a time in each process.
  */
 const ALL_ENDED_MS = 60_000;
-const RUNS = rounds(60, 40);
+const RUNS = rounds(50, 40);
 /** How many processes are killed; with Redis fewer, since only the queue differs. */
-const KILLS = rounds(QUEUE === 'postgres' ? 6 : 4, 4);
+const KILLS = rounds(QUEUE === 'postgres' ? 5 : 4, 4);
 /** How many of them are under way at once. */
 const AT_ONCE = 14;
 /** A whole test; only ends one that hangs. */

@@ -5,7 +5,7 @@ import { faultsOfStream, until } from '../support/studio.js';
 
 /** From its second loss on an execution is a suspect. */
 const UNSUSPECTED_LOSSES = 2;
-const MOST_LOSSES = 3;
+const MOST_LOSSES = 2;
 const PIECES = 4;
 
 let chaos: Chaos;

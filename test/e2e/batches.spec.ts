@@ -129,7 +129,7 @@ describe('a batch', () => {
       numbered(MANY).map(({ query }, index) => `${index} You said ${query}.`),
     );
     expect(faultsOfMerged(await batches.whole(batch_id), batch_id)).toEqual([]);
-  }, 60_000);
+  });
 
   it.each([
     'quotes "\' and \\ and {},',

@@ -17,11 +17,7 @@ type Moment =
   | 'racing the worker'
   /** Accepted, and not in the queue: nobody but the sweep can know of it. */
   | 'not in the queue';
-const rounds: Moment[] = [
-  ...Array<Moment>(2).fill('no worker'),
-  ...Array<Moment>(3).fill('racing the worker'),
-  'not in the queue',
-];
+const rounds: Moment[] = ['no worker', ...Array<Moment>(2).fill('racing the worker'), 'not in the queue'];
 
 let upstream: Upstream;
 let database: TestDatabase;

@@ -1,6 +1,5 @@
-import { spawnSync } from 'node:child_process';
 import { once } from 'node:events';
-import { mkdtemp, readdir, rm, stat } from 'node:fs/promises';
+import { mkdtemp, readdir, rm } from 'node:fs/promises';
 import { createServer } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
@@ -13,8 +12,8 @@ import { runProgram, startSseProxy } from '../support/sse.js';
 import type { ForwardedRequest, StreamFault } from '../support/sse.js';
 
 const repository = join(import.meta.dirname, '../..');
-const verify = (url: string) =>
-  runProgram([process.execPath, join(repository, 'scripts/verify.mjs'), '--url', url]);
+const verify = (url: string, ...options: string[]) =>
+  runProgram([process.execPath, join(repository, 'scripts/verify.mjs'), '--url', url, ...options]);
 
 describe('npm run verify', () => {
   let app: TestApp;
@@ -79,7 +78,7 @@ describe('npm run verify', () => {
     ['changes the text', text, { rewrite: (stream) => stream.replaceAll('offline', 'of fline') }],
     ['allows a cache to transform', headers, { headers: { 'cache-control': 'no-cache' } }],
     ['may be buffered by nginx', headers, { headers: { 'x-accel-buffering': 'yes' } }],
-  ])('notices a server that %s', (_fault, promise, fault) => expectNoticed([promise], fault));
+  ])('notices a server that %s', (_fault, promise, fault) => expectNoticed('streams', [promise], fault));
 
   const runsOnce = 'the same key and body get the same execution in all three ways, and it runs once';
   const reused = 'another body with that key is refused with 422, and runs nothing';
@@ -101,19 +100,22 @@ describe('npm run verify', () => {
   const batchRepeated = 'a batch that is sent again with its key is the same batch, and runs nothing';
   const batchCancelled = 'a cancelled batch ends with all of its items, and none is lost';
 
-  it.each<[string, string[], StreamFault]>([
+  it.each<[string, string, string[], StreamFault]>([
     [
       'pays no heed to the key',
+      'streams,batches',
       [runsOnce, reused, badKey, batchRepeated],
       { request: without('idempotency-key') },
     ],
     [
       'pays no heed to the last event',
+      'streams,status,batches',
       [repeated, nothingMore, otherQuery, missed, badCursor, mergedResumed, mergedEnd],
       { request: without('last-event-id') },
     ],
     [
       'changes the text on a WebSocket',
+      'websocket',
       ['a run over a WebSocket has the chunks of its event stream, byte for byte'],
       {
         rewriteWebSocket: (bytes) =>
@@ -122,6 +124,7 @@ describe('npm run verify', () => {
     ],
     [
       'refuses otherwise on a WebSocket',
+      'websocket',
       ['what a WebSocket refuses has the code and the status that it has over HTTP'],
       {
         rewriteWebSocket: (bytes) =>
@@ -133,44 +136,55 @@ describe('npm run verify', () => {
           ),
       },
     ],
-    ['ignores a cancellation', [cancelled, batchCancelled], { request: ignoreCancellation }],
-    ['swaps two chunks of an item in a batch', [merged], { rewrite: swapInItem }],
+    [
+      'ignores a cancellation',
+      'executions,batches',
+      [cancelled, batchCancelled],
+      { request: ignoreCancellation },
+    ],
+    ['swaps two chunks of an item in a batch', 'batches', [merged], { rewrite: swapInItem }],
     [
       'counts wrongly at the end of a batch',
+      'batches',
       [merged],
       { rewrite: (stream) => stream.replace('"completed":3', '"completed":2') },
     ],
     [
       'ends a batch where an item ends',
+      'batches',
       [merged],
       { rewrite: blocks((all) => all.slice(0, all.findIndex(endsItem) + 1 || undefined)) },
     ],
     [
       'counts wrongly in its snapshot',
+      'status',
       [snapshot],
       { rewriteStatus: (text) => text.replace('"queued":0', '"queued":1') },
     ],
     [
       'tells a change twice',
+      'status',
       [changes],
       { rewriteStatus: blocks((all) => all.flatMap((block) => (isRunning(block) ? [block, block] : block))) },
     ],
     [
       'does not tell a change',
+      'status',
       [changes],
       { rewriteStatus: blocks((all) => all.filter((block) => !isRunning(block))) },
     ],
     [
       'numbers its changes backwards',
+      'status',
       [changes],
       { rewriteStatus: (text) => text.replaceAll(/^id: |(?<="sequence":)/gm, '$&-') },
     ],
-  ])('notices a server that %s', (_fault, promises, fault) => expectNoticed(promises, fault));
+  ])('notices a server that %s', (_fault, parts, promises, fault) => expectNoticed(parts, promises, fault));
 
-  async function expectNoticed(promises: string[], fault: StreamFault): Promise<void> {
+  async function expectNoticed(parts: string, promises: string[], fault: StreamFault): Promise<void> {
     const proxy = await startSseProxy(app.url, fault);
     try {
-      const { code, stdout } = await verify(proxy.url);
+      const { code, stdout } = await verify(proxy.url, '--only', parts);
 
       for (const promise of promises) expect(stdout).toContain(`FAILED  ${promise}\n`);
       expect(stdout).toMatch(/\n\d+ held, [1-9]\d* failed\n$/);
@@ -180,6 +194,13 @@ describe('npm run verify', () => {
     }
     await expectNothingLeft();
   }
+
+  it('names the parts that can be asked for where there is none of that name', async () => {
+    const { code, stderr } = await verify(app.url, '--only', 'streams,all');
+    expect(stderr).toContain('There is no part "all" to check.');
+    expect(stderr).toContain('[--only refusals,streams,');
+    expect(code).toBe(1);
+  });
 
   it('says how to go on where there is no server', async () => {
     const server = createServer().listen(0, '127.0.0.1');
@@ -198,7 +219,6 @@ describe('npm run verify', () => {
 
 describe('npm run demo', () => {
   let folder: string;
-  beforeAll(buildIfNeeded, 120_000);
   beforeEach(async () => {
     folder = await mkdtemp(join(tmpdir(), 'agent-studio-test-'));
   });
@@ -283,16 +303,4 @@ function ignoreCancellation(request: ForwardedRequest): void {
   if (!request.path.endsWith('/cancel')) return;
   request.method = 'GET';
   request.path = request.path.slice(0, -'/cancel'.length);
-}
-
-/** The demo starts what `nest build` made; `npm test` has just done that. */
-async function buildIfNeeded(): Promise<void> {
-  const built = await stat(join(repository, 'dist/main.js')).catch(() => undefined);
-  const sources = await readdir(join(repository, 'src'), { recursive: true });
-  const changes = await Promise.all(sources.map((name) => stat(join(repository, 'src', name))));
-  const isCurrent = built && changes.every(({ mtimeMs }) => mtimeMs <= built.mtimeMs);
-  if (isCurrent) return;
-  const nest = join(repository, 'node_modules/.bin/nest');
-  const { status, stdout } = spawnSync(nest, ['build'], { cwd: repository, encoding: 'utf8' });
-  if (status !== 0) throw new Error(`nest build failed: ${stdout}`);
 }

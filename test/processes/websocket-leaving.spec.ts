@@ -15,7 +15,7 @@ const MIB = 1024 * 1024;
 const FREED_MS = 10_000;
 /** Counting objects takes seconds where others use the processor, too. */
 const COUNTED_MS = 60_000;
-const WAVES = 10;
+const WAVES = 5;
 /** Clients of a wave that leave in the middle of their streams, and as many that leave before the first byte of them. */
 const HALF_WAVE = 25;
 /** Long enough for the server to be at something else by then; a peer may take three times as long. */
