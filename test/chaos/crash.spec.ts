@@ -1,5 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 import { afterAll, beforeAll, expect, it } from '@jest/globals';
+import type { Execution } from '../../src/database/entities/execution.entity.js';
+import type { ModelCall } from '../support/call-ledger.js';
 import { Chaos, PATIENCE_MS, QUEUE, describeChaos } from '../support/chaos.js';
 import type { StackProcess } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
@@ -14,13 +16,15 @@ import { until } from '../support/studio.js';
  * started watches the others for a lease before it takes anything over, and what lost two workers runs one at a time in each process.
  */
 const ALL_ENDED_MS = 60_000;
-const RUNS = rounds(50, 40);
+const RUNS = Number(process.env.CHAOS_RUNS ?? rounds(50, 40));
 /** How many processes are killed; with Redis fewer, since only the queue differs. */
 const KILLS = rounds(QUEUE === 'postgres' ? 5 : 4, 4);
 /** How many of them are under way at once. */
 const AT_ONCE = 14;
 /** A whole test; only ends one that hangs. */
-const HANG_MS = 170_000;
+const HANG_MS = 170_000 + RUNS * 1000;
+/** Between a kill and the next one that is left to chance. */
+const CALM_MS = 2000;
 
 let chaos: Chaos;
 /** The deployments, and which of their agents speak to clients. */
@@ -142,8 +146,12 @@ async function findVictim(): Promise<StackProcess | undefined> {
   const { ledger, random, stack } = chaos;
   if (random.int(1, 4) === 1) return random.pick(stack.apis);
   const open = ledger.calls.filter(({ endedAt }) => endedAt === undefined);
-  if (open.length === 0) return undefined;
-  return chaos.callerOf(random.pick(open)).catch(() => undefined); // it may have ended meanwhile
+  return callerOf(open.length > 0 ? random.pick(open) : undefined);
+}
+
+/** Who made a call, which may have ended meanwhile. */
+async function callerOf(call: ModelCall | undefined): Promise<StackProcess | undefined> {
+  return call && chaos.callerOf(call).catch(() => undefined);
 }
 
 describeChaos('processes that are killed', () => {
@@ -198,6 +206,42 @@ describeChaos('processes that are killed', () => {
           ({ marker, ordinal }) => markers.has(marker) && ordinal > 1,
         );
         expectByChance('calls made again', calledAgain.length, 5);
+      }, HANG_MS);
+    },
+    HANG_MS + 10_000,
+  );
+});
+
+describeChaos('many executions beside one that kills each worker', () => {
+  withChaos({ MAX_LOST_ATTEMPTS: '3' });
+
+  it(
+    'all complete while processes are killed every few seconds, and that one is given up',
+    async () => {
+      await chaos.reporting(async () => {
+        const { ledger } = chaos;
+        const marker = chaos.marker('poison');
+        ledger.hold(marker);
+        const [deployment = ''] = deployments.keys();
+        const { executionId } = await chaos.client(deployment, marker).accept();
+        let poisoned: Execution | undefined;
+        let calls = 0;
+        const killOne = async () => {
+          await sleep(100);
+          [poisoned] = await chaos.rows([executionId]);
+          const isCalled = ledger.of(marker).length > calls;
+          if (!isCalled && Date.now() < chaos.killedAt + CALM_MS) return;
+          const victim = isCalled ? await callerOf(ledger.of(marker)[calls++]) : await findVictim();
+          if (victim) await chaos.kill(victim);
+        };
+        const runs = await disturbedBy(
+          killOne,
+          runMany(() => poisoned?.status === 'error'),
+        );
+        expect(poisoned).toMatchObject({ status: 'error', code: 'worker_lost' });
+        await expectWhole(chaos, runs, { speakers: speakersOf });
+        expectByChance('executions that were taken over', await takeovers(runs), 3);
+        process.stderr.write(`${runs.length} executions, ${chaos.kills} kills\n`);
       }, HANG_MS);
     },
     HANG_MS + 10_000,
