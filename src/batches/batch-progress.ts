@@ -164,7 +164,8 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
         this.advanceOnce(client, batchIds),
       );
       finished.forEach(({ batch_id }) => this.log.ended(batch_id));
-      await this.enqueue(released);
+      // Not waited for: a Redis that is away would hold up all batches. What does not get in is put in by the sweep.
+      this.enqueue(released).catch((error: unknown) => this.report(error));
       batchIds = await this.endUnbegun(stopped);
     }
     return asked.map(() => undefined);

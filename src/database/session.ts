@@ -6,7 +6,7 @@ export const CONNECT_TIMEOUT_MS = 4000;
 
 /** Parts of the server that have connections of their own, as `pg_stat_activity` names them: `agent-studio`, `agent-studio/log` … */
 export type SessionKind =
-  'log' | 'merged-order' | 'migration' | 'notifications' | 'queue' | 'resources' | 'slow';
+  'leases' | 'log' | 'merged-order' | 'migration' | 'notifications' | 'queue' | 'resources' | 'slow';
 
 /** What every name of ours begins with, that of older builds included. */
 export const APPLICATION_NAME = 'agent-studio';

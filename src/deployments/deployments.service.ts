@@ -42,11 +42,17 @@ export interface CompiledRevision {
 /** Row of a deployment and the name of its workflow, null once that is deleted. */
 type DeploymentRow = Deployment & { workflow_name: string | null };
 type FoundDeployment = ActiveDeployment & Pick<Deployment, 'status' | 'stopped_at'>;
+/** A compiled revision, and the length of its definition once that was read. */
+interface KeptRevision {
+  readonly revision: Promise<CompiledRevision>;
+  characters: number;
+}
 type RevisionRow = Pick<DeploymentRevision, 'configuration' | 'runtime_config'>;
 
 const DEFAULT_ENVIRONMENT = 'production';
-/** Compiled graphs that are kept. */
+/** Compiled graphs that are kept, and characters of their definitions: what is compiled may take a hundred times as much. */
 const MOST_REVISIONS = 500;
+const MOST_CHARACTERS = 4 * 1024 * 1024;
 
 const FIND_ACTIVE = {
   name: 'deployment-find-active',
@@ -106,7 +112,7 @@ const FIND = `${SELECT}
 @Injectable()
 export class DeploymentsService {
   /** By `revision_id`, the one that was used last at the end. */
-  private readonly revisions = new Map<string, Promise<CompiledRevision>>();
+  private readonly revisions = new Map<string, KeptRevision>();
 
   constructor(
     private readonly pool: Pool,
@@ -216,16 +222,10 @@ export class DeploymentsService {
    * `workflow_invalid` if the graph does not fit this server any more, as when its provider was removed.
    */
   revision(revisionId: string): Promise<CompiledRevision> {
-    const kept = this.revisions.get(revisionId);
-    const revision = kept ?? this.loadRevision(revisionId);
+    const kept = this.revisions.get(revisionId) ?? this.loadRevision(revisionId);
     this.revisions.delete(revisionId);
-    this.revisions.set(revisionId, revision);
-    if (kept) return kept;
-    // Whoever asked sees the failure; the next one tries again.
-    revision.catch(() => this.revisions.delete(revisionId));
-    const [oldest] = this.revisions.keys();
-    if (oldest !== undefined && this.revisions.size > MOST_REVISIONS) this.revisions.delete(oldest);
-    return revision;
+    this.revisions.set(revisionId, kept);
+    return kept.revision;
   }
 
   /** How many steps an execution of a revision has, be it one that this server can't run any more. */
@@ -244,10 +244,28 @@ export class DeploymentsService {
     return rows[0];
   }
 
-  private async loadRevision(revisionId: string): Promise<CompiledRevision> {
-    const { configuration, runtime_config } = await this.readRevision(revisionId);
-    const graph = await this.workflows.compile(configuration, { stored: true });
-    return { revision_id: revisionId, runtime_config, graph };
+  private loadRevision(revisionId: string): KeptRevision {
+    const load = async (): Promise<CompiledRevision> => {
+      const { configuration, runtime_config } = await this.readRevision(revisionId);
+      const graph = await this.workflows.compile(configuration, { stored: true });
+      kept.characters = JSON.stringify([configuration, runtime_config]).length;
+      this.forgetOldest();
+      return { revision_id: revisionId, runtime_config, graph };
+    };
+    const kept: KeptRevision = { revision: load(), characters: 0 };
+    // Whoever asked sees the failure; the next one tries again.
+    kept.revision.catch(() => this.revisions.delete(revisionId));
+    return kept;
+  }
+
+  private forgetOldest(): void {
+    let characters = 0;
+    for (const kept of this.revisions.values()) characters += kept.characters;
+    for (const [revisionId, kept] of this.revisions) {
+      if (this.revisions.size <= MOST_REVISIONS && characters <= MOST_CHARACTERS) return;
+      this.revisions.delete(revisionId);
+      characters -= kept.characters;
+    }
   }
 }
 

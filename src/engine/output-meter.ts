@@ -1,7 +1,10 @@
 import { OutputLimitError } from '../errors.js';
 import { jsonBytes } from '../json-text.js';
 
-/** Bytes of JSON in UTF-8 that one agent, and all agents of an execution together, may say: what storing and sending it costs. */
+/** What a piece of text costs in memory besides its bytes, however short it is. */
+const PIECE_BYTES = 48;
+
+/** Bytes of JSON in UTF-8 that one agent, and all agents of an execution together, may say, and {@link PIECE_BYTES} for each piece. */
 export interface OutputLimits {
   agent: number;
   execution: number;
@@ -22,7 +25,7 @@ export class OutputMeter {
   /** Counts what an agent says. Throws {@link OutputLimitError} before it says more than it may. */
   add(agentId: string, text: string): void {
     const { agent, execution } = this.limits;
-    const bytes = jsonBytes(text);
+    const bytes = jsonBytes(text) + PIECE_BYTES;
     const said = (this.ofAgents.get(agentId) ?? 0) + bytes;
     if (said > agent) {
       throw new OutputLimitError(

@@ -39,6 +39,8 @@ export interface RunObserver {
   stepStarted(agent_id: string): Promise<void> | void;
   /** Every agent's text as it comes. A promise holds that agent back until there is room for more. */
   content(agent_id: string, text: string): Promise<void> | undefined;
+  /** Resolves when there may be room for more; nothing where there is. */
+  room?(): Promise<void> | undefined;
   /** Awaited before any successor starts, so that it can keep the result as a checkpoint. Also for skipped agents. */
   stepFinished(step: StepResult): Promise<void> | void;
   /** What lies behind a failed step or a repeated model call, for the log alone: clients see `StepResult.error`. */
@@ -317,12 +319,15 @@ class Run {
     if (text.length > MOST_AT_ONCE) return this.emitInSlices(state, text);
     this.stop.signal.throwIfAborted();
     if (text === '') return undefined;
-    this.output.add(state.agent.agent_id, text);
-    state.text += text;
     const failed = (error: unknown): never => {
       this.observerFailed(error);
       throw error;
     };
+    // Agents that speak at the same time share the room, so each looks again before it says its piece.
+    const room = this.run.observer.room?.();
+    if (room) return room.catch(failed).then(() => this.emit(state, text));
+    this.output.add(state.agent.agent_id, text);
+    state.text += text;
     try {
       return this.run.observer.content(state.agent.agent_id, text)?.catch(failed);
     } catch (error) {

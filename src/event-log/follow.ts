@@ -18,21 +18,23 @@ export async function* follow(
   options: {
     signal: AbortSignal;
     idleMs?: number;
-    catchUp: (cursor: number, isUncertain: boolean) => Promise<StoredChunks | undefined>;
+    catchUp: (cursor: number, isFar: boolean) => Promise<StoredChunks | undefined>;
   },
 ): AsyncGenerator<LogBatch, void, void> {
   const { signal, idleMs, catchUp } = options;
   // Readers share statements: one with a bad position would take the others with it.
   if (!Number.isSafeInteger(after)) throw new TypeError(`${after} is no position of a log.`);
   let cursor = after;
+  /** Much may be stored after the cursor. */
+  let isFar = true;
   while (!signal.aborted && !subscription.closed) {
     let batch = subscription.take(cursor);
     if (!batch && subscription.isBehind(cursor)) {
-      const { isUncertain } = subscription;
       subscription.beginCatchUp(cursor);
-      const stored = await catchUp(cursor, isUncertain);
+      const stored = await catchUp(cursor, isFar);
       if (!stored || subscription.closed) return;
-      if (stored.more) subscription.invalidate();
+      isFar = stored.more;
+      if (isFar) subscription.invalidate();
       batch = stored.batch;
     }
     if (batch) {

@@ -91,11 +91,6 @@ export class LogSubscription implements LogListener {
     return this.known > cursor;
   }
 
-  /** Whether nobody has said how far the log goes: much may be waiting. */
-  get isUncertain(): boolean {
-    return this.known === Infinity;
-  }
-
   /** Called before the stored rows after `cursor` are read: what is announced from here on counts as news again. */
   beginCatchUp(cursor: number): void {
     this.known = cursor;

@@ -140,8 +140,8 @@ export class PostgresEventLog
     { signal, idleMs }: { signal: AbortSignal; idleMs?: number },
   ): AsyncGenerator<LogBatch, void, void> {
     const subscription = this.subscriptions.add(executionId);
-    const catchUp = (cursor: number, isUncertain: boolean) =>
-      this.catchUp({ executionId, after: cursor }, { signal, isShared: !isUncertain });
+    const catchUp = (cursor: number, isFar: boolean) =>
+      this.catchUp({ executionId, after: cursor }, { signal, isShared: !isFar });
     try {
       yield* follow(subscription, after, { signal, idleMs, catchUp });
     } finally {
@@ -158,8 +158,8 @@ export class PostgresEventLog
   }
 
   /**
-   * What is stored after the cursor. Readers who were woken by a notification wait for little each, and share a statement: one
-   * for each of them would cost more than all the rest. Reads on when the database is back; undefined once `signal` aborted.
+   * What is stored after the cursor. Readers who had all of it before, and were woken by a notification or by the loss of the
+   * connection for these, wait for little each, and share a statement: one for each of them would cost more than all the rest. Reads on when the database is back; undefined once `signal` aborted.
    */
   private async catchUp(
     from: ReadPosition,

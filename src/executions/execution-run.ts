@@ -102,6 +102,10 @@ export class ExecutionRun implements RunObserver {
     this.reportProgress(step);
   }
 
+  room(): Promise<void> | undefined {
+    return this.writer.drain();
+  }
+
   content(agentId: string, text: string): Promise<void> | undefined {
     if (this.options.revision.graph.answers(agentId)) {
       return this.writer.write({ type: 'content', data: text, agent_id: agentId });

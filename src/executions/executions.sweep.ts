@@ -44,10 +44,19 @@ const UNFINISHED = {
 export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy {
   private readonly logger = new Logger(ExecutionsSweep.name);
   private nextCloseAt = -Infinity;
-  private readonly sweeps = new Repeat((signal) => this.sweep(signal), {
-    everyMs: SWEEP_MS,
-    onError: (error) => this.logger.error(error),
-  });
+  /** Two, so that a queue that is away holds up nothing else. */
+  private readonly sweeps = [
+    this.sweep(
+      () => this.lost.sweep(),
+      (signal) => this.requeueLost(signal),
+    ),
+    this.sweep(
+      () => this.subscribers.forgetDead(),
+      () => this.statusEvents.number(),
+      (signal) => this.retention.expire(signal),
+      (signal) => this.closeLeftSteps(signal),
+    ),
+  ];
 
   constructor(
     @Inject(CONFIG) private readonly config: ServerConfig,
@@ -61,34 +70,29 @@ export class ExecutionsSweep implements OnApplicationBootstrap, OnModuleDestroy 
   ) {}
 
   onApplicationBootstrap(): void {
-    if (this.config.ROLE !== 'api') this.sweeps.start(FIRST_SWEEP_MS);
+    if (this.config.ROLE !== 'api') this.sweeps.forEach((sweep) => sweep.start(FIRST_SWEEP_MS));
   }
 
   onModuleDestroy(): void {
-    void this.sweeps.stop();
+    for (const sweep of this.sweeps) void sweep.stop();
   }
 
-  private async sweep(signal: AbortSignal): Promise<void> {
-    const tasks = [
-      () => this.lost.sweep(),
-      () => this.requeueLost(signal),
-      () => this.subscribers.forgetDead(),
-      () => this.statusEvents.number(),
-      () => this.retention.expire(signal),
-      () => this.closeLeftSteps(signal),
-    ];
-    // One that fails keeps none of the others from being done.
-    for (const task of tasks) {
-      if (signal.aborted) return;
-      await task().catch((error: unknown) => this.logger.warn(error));
-    }
+  /** One task that fails keeps none of the others from being done. */
+  private sweep(...tasks: ((signal: AbortSignal) => Promise<void>)[]): Repeat {
+    const sweepOnce = async (signal: AbortSignal) => {
+      for (const task of tasks) {
+        if (signal.aborted) return;
+        await task(signal).catch((error: unknown) => this.logger.warn(error));
+      }
+    };
+    return new Repeat(sweepOnce, { everyMs: SWEEP_MS, onError: (error) => this.logger.error(error) });
   }
 
   /** The whole table is looked through, so seldom: as long as processes of an earlier build run beside, there may be new ones. */
   private async closeLeftSteps(signal: AbortSignal): Promise<void> {
     if (performance.now() < this.nextCloseAt) return;
+    this.nextCloseAt = performance.now() + CLOSE_STEPS_MS; // also if it fails: it may be because the table is so large
     await this.ends.closeLeftSteps(signal);
-    this.nextCloseAt = performance.now() + CLOSE_STEPS_MS;
   }
 
   /**

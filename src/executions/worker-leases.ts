@@ -1,8 +1,8 @@
 import { randomUUID } from 'node:crypto';
 import { Inject, Injectable, Logger } from '@nestjs/common';
-import { Pool } from 'pg';
 import { CONFIG } from '../config.js';
 import type { ServerConfig } from '../config.js';
+import { SessionConnection } from '../database/session-connection.js';
 import type { Execution } from '../database/entities/execution.entity.js';
 import { Metrics } from '../metrics.js';
 import { LockLostError } from '../queue/execution-queue.js';
@@ -74,6 +74,8 @@ interface Held {
 export class WorkerLeases {
   private readonly logger = new Logger(WorkerLeases.name);
   private readonly leaseMs: number;
+  /** Of its own: statements of executions that wait for a connection must not keep a living process from its lease. */
+  private readonly session: SessionConnection;
   private readonly others: Stillness;
   private readonly held = new Set<Held>();
   private workerId: string | undefined;
@@ -83,12 +85,12 @@ export class WorkerLeases {
   private rounds: Repeat | undefined;
 
   constructor(
-    @Inject(CONFIG) { JOB_LOCK_MS }: Pick<ServerConfig, 'JOB_LOCK_MS'>,
-    private readonly pool: Pool,
+    @Inject(CONFIG) { JOB_LOCK_MS, DATABASE_URL }: Pick<ServerConfig, 'JOB_LOCK_MS' | 'DATABASE_URL'>,
     private readonly metrics: Metrics,
   ) {
     this.leaseMs = JOB_LOCK_MS;
     this.others = new Stillness(JOB_LOCK_MS * LONGEST_GAP);
+    this.session = new SessionConnection({ connectionString: DATABASE_URL, kind: 'leases', setup: [] });
   }
 
   /** @param onLost is called whenever other processes were found lost */
@@ -109,9 +111,12 @@ export class WorkerLeases {
   async stop(): Promise<void> {
     await this.rounds?.stop();
     const { workerId } = this;
-    if (workerId === undefined) return;
     // If that fails, the others find it lost, with nothing in it.
-    await this.pool.query(WITHDRAW, [workerId]).catch((error: unknown) => this.logger.debug(error));
+    if (workerId !== undefined)
+      await this.session
+        .query({ text: WITHDRAW, values: [workerId] })
+        .catch((error: unknown) => this.logger.debug(error));
+    await this.session.close();
   }
 
   /** The id of this process's lease, which it takes if it has none. Rejects as pg does. */
@@ -146,7 +151,7 @@ export class WorkerLeases {
     const workerId = randomUUID();
     const begun = performance.now();
     try {
-      await this.pool.query({ ...REGISTER, values: [workerId, this.leaseMs] });
+      await this.session.query({ ...REGISTER, values: [workerId, this.leaseMs] });
       this.workerId = workerId;
       this.renewedAt = begun;
       return workerId;
@@ -166,7 +171,7 @@ export class WorkerLeases {
     const begun = performance.now();
     const workerId = await this.current();
     if (begun - this.renewedAt < this.leaseMs / 2) return;
-    const { rowCount } = await this.pool.query({ ...RENEW, values: [workerId] });
+    const { rowCount } = await this.session.query({ ...RENEW, values: [workerId] });
     if (rowCount === 0) return this.renounce(workerId);
     this.renewedAt = begun;
     await this.findTakenAway();
@@ -175,7 +180,7 @@ export class WorkerLeases {
   private async findTakenAway(): Promise<void> {
     const held = [...this.held];
     if (held.length === 0) return;
-    const { rows } = await this.pool.query<{ execution_id: string }>({
+    const { rows } = await this.session.query<{ execution_id: string }>({
       ...TAKEN_AWAY,
       values: [
         held.map(({ execution }) => execution.execution_id),
@@ -199,13 +204,13 @@ export class WorkerLeases {
   }
 
   private async findLost(): Promise<number> {
-    const { rows } = await this.pool.query<{ worker_id: string; sign: string; lease_ms: number }>(LEASES);
+    const { rows } = await this.session.query<{ worker_id: string; sign: string; lease_ms: number }>(LEASES);
     const others = rows.filter(({ worker_id }) => worker_id !== this.workerId);
     const still = this.others.look(new Map(others.map(({ worker_id, sign }) => [worker_id, sign])));
     const lost = others.filter(({ worker_id, lease_ms }) => (still.get(worker_id) ?? 0) > lease_ms);
     let declared = 0;
     for (const { worker_id, sign } of lost) {
-      const { rowCount } = await this.pool.query({ ...DECLARE_LOST, values: [worker_id, sign] });
+      const { rowCount } = await this.session.query({ ...DECLARE_LOST, values: [worker_id, sign] });
       declared += rowCount ?? 0;
     }
     return declared;

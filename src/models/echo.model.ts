@@ -1,4 +1,5 @@
 import { setImmediate as nextTurn } from 'node:timers/promises';
+import { slicesOf } from '../json-text.js';
 import type { Model, ModelMessage, ModelPart, ModelRequest } from './model-registry.js';
 import type { ModelUsage } from './usage.js';
 
@@ -11,8 +12,14 @@ const BATCH_SIZE = 64;
 /** How much of the system prompt's first line is repeated, in characters. */
 const MAX_PROMPT_LENGTH = 200;
 
-/** A word with the white space after it; the matches together are the whole text. White space is never a surrogate. */
-const WORD = /\S+\s*|\s+/g;
+/** Characters whose words are counted in one turn of the event loop. */
+const COUNTED_AT_ONCE = 128 * 1024;
+
+/**
+ * A word with the white space after it; the matches together are the whole text. White space is never a surrogate. What is longer
+ * than any word comes in pieces.
+ */
+const WORD = /\S{1,4096}\s{0,4096}|\s{1,4096}/gu;
 
 /**
  * The built-in model `offline/echo`: it needs no key and no network, and says so. The same messages always get the same
@@ -24,6 +31,8 @@ const WORD = /\S+\s*|\s+/g;
  */
 export class EchoModel implements Model {
   async *stream(request: ModelRequest, signal: AbortSignal): AsyncGenerator<ModelPart[], void, void> {
+    // Many calls may begin in one turn, each with all that the agents before it said.
+    await nextTurn();
     signal.throwIfAborted();
     let output_tokens = 0;
     let batch: ModelPart[] = [];
@@ -37,7 +46,8 @@ export class EchoModel implements Model {
       batch.push({ type: 'text', text });
       output_tokens++;
     }
-    batch.push({ type: 'finish', usage: { input_tokens: countWords(request.messages), output_tokens } });
+    const input_tokens = await countWords(request.messages, signal);
+    batch.push({ type: 'finish', usage: { input_tokens, output_tokens } });
     yield batch;
   }
 
@@ -85,6 +95,20 @@ function firstLine(text: string): string {
     : `${characters.slice(0, MAX_PROMPT_LENGTH).join('')}…`;
 }
 
-function countWords(messages: ModelMessage[]): number {
-  return messages.reduce((count, { content }) => count + (content.match(/\S+/g)?.length ?? 0), 0);
+async function countWords(messages: ModelMessage[], signal: AbortSignal): Promise<number> {
+  let count = 0;
+  let counted = 0;
+  for (const { content } of messages) {
+    let isInWord = false;
+    for (const slice of slicesOf(content, COUNTED_AT_ONCE)) {
+      if ((counted += slice.length) > COUNTED_AT_ONCE) {
+        counted = slice.length;
+        await nextTurn();
+        signal.throwIfAborted();
+      }
+      for (const word of slice.matchAll(/\S+/g)) if (word.index > 0 || !isInWord) count++;
+      isInWord = /\S$/.test(slice.slice(-1));
+    }
+  }
+  return count;
 }

@@ -55,6 +55,26 @@ describe('finding what to execute', () => {
     expect(failure.message.length).toBeLessThan(300);
   });
 
+  it('keeps no more revisions than are as long together as a process may keep', async () => {
+    const agents = Array.from({ length: 9 }, (_, index) => ({
+      agent_id: `a${index}`,
+      agent_type: 'template',
+      config: { template: 'x'.repeat(100_000) },
+    }));
+    const ids: string[] = [];
+    for (let count = 0; count < 6; count++) {
+      const name = await server.studio.deploy({ agents });
+      const { body } = await server.studio.json<Deployment>(`/api/deployments/${name}`);
+      ids.push(body.revision_id);
+    }
+    const [oldest = '', ...others] = ids;
+    const first = await deployments.revision(oldest);
+    for (const id of others) await deployments.revision(id);
+    const last = others.at(-1) ?? '';
+    expect(await deployments.revision(last)).toBe(await deployments.revision(last));
+    expect(await deployments.revision(oldest)).not.toBe(first);
+  });
+
   it('compiles a revision once for all who ask at the same time, and keeps it', async () => {
     const { revision_id } = await routes.deployed();
     const [first, ...others] = await Promise.all(

@@ -72,6 +72,32 @@ it('a process whose lease another one took lets go of everything, takes a new on
   expect(frames.at(-1)?.chunk.status).toBe('completed');
 });
 
+it('a worker whose connections all wait for a lock keeps its lease', async () => {
+  hold();
+  const witness = await system.startAnother({ JOB_LOCK_MS: '1000' });
+  const deployment = await studio.deploy(upstreamAgent());
+  const run = await studio.stream({ deployment_name: deployment, query: 'x' });
+  await run.take(2);
+  const oldestLease = async () => {
+    const [row] = await database.query<{ oldest: Date }>(
+      'SELECT min(renewed_at) AS oldest FROM worker_lease WHERE lost_at IS NULL',
+    );
+    return row?.oldest.getTime() ?? NaN;
+  };
+  const lost = () => database.query('SELECT worker_id FROM worker_lease WHERE lost_at IS NOT NULL');
+  const [before, lostBefore] = [await oldestLease(), await lost()];
+  await database.whileLocked('deployment', 'ACCESS EXCLUSIVE', async () => {
+    const refused = Array.from({ length: 30 }, () =>
+      studio.execute({ deployment_name: deployment, query: 'x' }),
+    );
+    await until(async () => (await oldestLease()) > before + 3000);
+    letGo();
+    void Promise.allSettled(refused);
+  });
+  expect(await lost()).toEqual(lostBefore);
+  await witness.close();
+});
+
 it('a job that a worker took which died before its claim is handed out again', async () => {
   const deployment = await studio.deploy(echo());
   let stream: Awaited<ReturnType<typeof studio.stream>> | undefined;

@@ -13,7 +13,7 @@ const { studio } = withStudio({
     writeStream(response, chatDelta('all'), chatEnd(usage));
     response.end();
   },
-  env: { MAX_AGENT_OUTPUT: '1000', MAX_EXECUTION_OUTPUT: '1500' },
+  env: { MAX_AGENT_OUTPUT: '2000', MAX_EXECUTION_OUTPUT: '2500' },
 });
 
 interface Ended {
@@ -31,23 +31,30 @@ const refused = async (limit: string) => {
 
 it('ends the execution whose agent says too much with a code, keeps its text so far, and counts it', async () => {
   const deployment_name = await studio.deploy(echo());
-  const query = 'word '.repeat(250);
+  const query = `${'w'.repeat(99)} `.repeat(20);
   const stream = await studio.stream({ deployment_name, query });
   const frames = await stream.frames();
   expect(frames.at(-1)?.chunk).toMatchObject({ status: 'error', code: 'output_too_large' });
   const { body } = await studio.json<Ended>(`/api/executions/${stream.executionId}`);
   expect(body.status).toBe('error');
   expect(body.response).toBe(textOf(frames));
-  expect(body.response.length).toBeLessThanOrEqual(1000);
+  expect(body.response.length).toBeLessThanOrEqual(2000);
   expect(body.response.length).toBeGreaterThan(500);
   expect(await refused('agent')).toBe(1);
+});
+
+it('counts what each piece takes besides its characters', async () => {
+  const deployment_name = await studio.deploy(echo());
+  const stream = await studio.stream({ deployment_name, query: 'w '.repeat(100) });
+  expect((await stream.frames()).at(-1)?.chunk).toMatchObject({ code: 'output_too_large' });
+  expect(await refused('agent')).toBe(2);
 });
 
 it('ends the execution whose agents say too much together', async () => {
   const agents = [1, 2].map((number) => ({
     agent_id: `a${number}`,
     agent_type: 'template',
-    config: { template: 'x'.repeat(800) },
+    config: { template: 'x'.repeat(1300) },
   }));
   const deployment_name = await studio.deploy({ agents });
   expect((await studio.execute({ deployment_name, query: 'x' })).body).toMatchObject({

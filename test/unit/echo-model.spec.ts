@@ -135,6 +135,28 @@ describe('offline/echo', () => {
     expect(turns).toBeGreaterThanOrEqual(batches.length - 1);
   });
 
+  it.each([
+    ['words that are cut where they are counted', 'ab '.repeat(200_000), 200_000],
+    ['one that is longer than what is counted at once', 'x'.repeat(600_000), 1],
+    ['white space alone', ' '.repeat(600_000), 0],
+  ])('a prompt is counted in turns: %s', async (_name, query, input_tokens) => {
+    let turns = 0;
+    const count = () => {
+      turns++;
+      counting = setImmediate(count);
+    };
+    let counting = setImmediate(count);
+    const parts = (await collect({ ...ask(query), max_tokens: 1 })).flat();
+    clearImmediate(counting);
+    expect(parts.at(-1)).toEqual({ type: 'finish', usage: { input_tokens, output_tokens: 1 } });
+    expect(turns).toBeGreaterThanOrEqual(4);
+  });
+
+  it('a word without an end comes in pieces', async () => {
+    const texts = textsOf(await collect(ask('x'.repeat(10_000))));
+    expect(texts.map(({ length }) => length).filter((length) => length > 100)).toEqual([4096, 4096, 1808]);
+  });
+
   it('an aborted answer goes no further and throws the reason', async () => {
     const abort = new AbortController();
     const reason = new Error('nobody wants it');

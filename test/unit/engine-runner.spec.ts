@@ -42,6 +42,34 @@ describe('the order of agents', () => {
     expect(observer.events).toEqual(['start a', 'completed a']);
   });
 
+  it('looks again for room before each of many agents says its piece', async () => {
+    const said: string[] = [];
+    let isFull = true;
+    const waiting = new Set<() => void>();
+    class Full extends Recorder {
+      room(): Promise<void> | undefined {
+        return isFull ? new Promise((resolve) => waiting.add(resolve)) : undefined;
+      }
+      override content(agent_id: string): undefined {
+        said.push(agent_id);
+        isFull = true; // as one piece can fill it
+      }
+    }
+    const agents = Array.from({ length: 20 }, (_, index) => template(`a${index}`, 'x'));
+    const run = execute(compile(agents), { observer: new Full() });
+    for (let round = 1; round <= agents.length; round++) {
+      const last = agents.length - round + 1;
+      while (waiting.size < last) await new Promise((resolve) => setImmediate(resolve));
+      isFull = false;
+      const all = [...waiting];
+      waiting.clear();
+      all.forEach((resolve) => resolve());
+      await new Promise((resolve) => setImmediate(resolve));
+      expect(said).toHaveLength(round);
+    }
+    expect((await run).status).toBe('completed');
+  });
+
   it('runs independent agents at the same time', async () => {
     const meet = barrier(3);
     const waits: Script = async function* () {
