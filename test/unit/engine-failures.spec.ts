@@ -328,7 +328,9 @@ describe('an abort', () => {
 });
 
 describe('an agent that says too much', () => {
-  const limits = { agent: 10, execution: 25 };
+  /** Besides its characters. */
+  const PIECE = 48;
+  const limits = { agent: 10 + 2 * PIECE, execution: 25 + 3 * PIECE };
   const talks = (text: string, closed: () => void): Script =>
     async function* () {
       try {
@@ -354,7 +356,7 @@ describe('an agent that says too much', () => {
   });
 
   it('is handled by an error connection', async () => {
-    const models = new ScriptedModels({ long: says('12345678901') });
+    const models = new ScriptedModels({ long: says('x'.repeat(limits.agent - PIECE + 1)) });
     const agents = [llm('long'), template('after', '{{ errors.long.code | slice: 0, 6 }}')];
     const graph = compile(agents, [onError('long', 'after')], { models });
     const outcome = await execute(graph, { models, limits });
@@ -375,7 +377,7 @@ describe('an agent that says too much', () => {
 
   it('counts what an earlier attempt has kept', async () => {
     const graph = compile([template('a'), template('b', '1234567')], [connect('a', 'b')]);
-    const completed = new Map([step('a', { output: 'x'.repeat(20) })]);
+    const completed = new Map([step('a', { output: 'x'.repeat(limits.execution - 7 - PIECE + 1) })]);
     expect(await execute(graph, { completed, limits })).toMatchObject({
       error: { code: 'output_too_large' },
     });
