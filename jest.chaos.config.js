@@ -21,8 +21,8 @@ export default {
   ],
   testTimeout: all.testTimeout,
   reporters: all.reporters,
-  // Each file starts a dozen processes, which wait for one another more than they work.
-  maxWorkers: 2,
+  // Each file starts a dozen processes; beside those of another one a living worker may miss its lease of a second.
+  maxWorkers: 1,
   // What a failed test has left waiting must not keep the run from its end; the processes end with it.
   forceExit: true,
 };
