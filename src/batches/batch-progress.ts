@@ -186,10 +186,10 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
   }
 
   private async enqueue(released: Released[]): Promise<void> {
-    const admitted = released.filter((item) => item.admitted).map(({ execution_id }) => execution_id);
-    if (admitted.length > 0) await this.queue.add(admitted.toSorted());
     const waiting = released.filter((item) => !item.admitted);
     new Set(waiting.map(({ deployment_id }) => deployment_id)).forEach((id) => this.admission.release(id));
+    const admitted = released.filter((item) => item.admitted).map(({ execution_id }) => execution_id);
+    if (admitted.length > 0) await this.queue.add(admitted.toSorted());
   }
 
   /** Ends what no worker has taken up; the others are told. @returns the batches that may go on after it */

@@ -37,9 +37,9 @@ export interface StepResult {
 export interface RunObserver {
   /** Awaited before the agent runs. Not called for skipped agents. */
   stepStarted(agent_id: string): Promise<void> | void;
-  /** Every agent's text as it comes. A promise holds that agent back until there is room for more. */
+  /** Every agent's text as it comes. A promise holds that agent, and its provider, back until there is room for more. */
   content(agent_id: string, text: string): Promise<void> | undefined;
-  /** Resolves when there may be room for more; nothing where there is. */
+  /** Asked before each text, as another agent may have taken the room: resolves when there may be some, nothing where there is. */
   room?(): Promise<void> | undefined;
   /** Awaited before any successor starts, so that it can keep the result as a checkpoint. Also for skipped agents. */
   stepFinished(step: StepResult): Promise<void> | void;
@@ -323,7 +323,6 @@ class Run {
       this.observerFailed(error);
       throw error;
     };
-    // Agents that speak at the same time share the room, so each looks again before it says its piece.
     const room = this.run.observer.room?.();
     if (room) return room.catch(failed).then(() => this.emit(state, text));
     this.output.add(state.agent.agent_id, text);

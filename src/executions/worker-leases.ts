@@ -85,12 +85,17 @@ export class WorkerLeases {
   private rounds: Repeat | undefined;
 
   constructor(
-    @Inject(CONFIG) { JOB_LOCK_MS, DATABASE_URL }: Pick<ServerConfig, 'JOB_LOCK_MS' | 'DATABASE_URL'>,
+    @Inject(CONFIG) config: Pick<ServerConfig, 'JOB_LOCK_MS' | 'DATABASE_URL' | 'DATABASE_TIMEOUT_MS'>,
     private readonly metrics: Metrics,
   ) {
-    this.leaseMs = JOB_LOCK_MS;
-    this.others = new Stillness(JOB_LOCK_MS * LONGEST_GAP);
-    this.session = new SessionConnection({ connectionString: DATABASE_URL, kind: 'leases', setup: [] });
+    this.leaseMs = config.JOB_LOCK_MS;
+    this.others = new Stillness(config.JOB_LOCK_MS * LONGEST_GAP);
+    this.session = new SessionConnection({
+      connectionString: config.DATABASE_URL,
+      kind: 'leases',
+      setup: [],
+      statementMs: config.DATABASE_TIMEOUT_MS,
+    });
   }
 
   /** @param onLost is called whenever other processes were found lost */

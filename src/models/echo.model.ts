@@ -107,7 +107,7 @@ async function countWords(messages: ModelMessage[], signal: AbortSignal): Promis
         signal.throwIfAborted();
       }
       for (const word of slice.matchAll(/\S+/g)) if (word.index > 0 || !isInWord) count++;
-      isInWord = /\S$/.test(slice.slice(-1));
+      isInWord = /\S/.test(slice.at(-1) ?? '');
     }
   }
   return count;

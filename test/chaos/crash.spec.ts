@@ -227,12 +227,11 @@ describeChaos('many executions beside one that kills each worker', () => {
         let poisoned: Execution | undefined;
         let calls = 0;
         const killOne = async () => {
-          await sleep(100);
-          [poisoned] = await chaos.rows([executionId]);
-          const isCalled = ledger.of(marker).length > calls;
-          if (!isCalled && Date.now() < chaos.killedAt + CALM_MS) return;
-          const victim = isCalled ? await callerOf(ledger.of(marker)[calls++]) : await findVictim();
+          const isCalled = () => ledger.of(marker).length > calls;
+          await until(() => isCalled() || Date.now() > chaos.killedAt + CALM_MS);
+          const victim = isCalled() ? await callerOf(ledger.of(marker)[calls++]) : await findVictim();
           if (victim) await chaos.kill(victim);
+          [poisoned] = await chaos.rows([executionId]);
         };
         const runs = await disturbedBy(
           killOne,
