@@ -11,6 +11,7 @@ import type {
 import { compileExpression, type Expression } from './expressions.js';
 import { explainLiquid, parseLiquid, renderLiquid } from './liquid.js';
 import { runBounded } from './sandbox.js';
+import { atOnce } from './turns.js';
 
 /** Said to the process when a task begins: what it waited for the thread is not its own time. */
 export interface Began {
@@ -48,7 +49,7 @@ class Parsed<Result> {
   }
 }
 
-const templates = new Parsed<ParsedTemplate[]>(parseLiquid);
+const templates = new Parsed<ParsedTemplate[]>((source) => atOnce(parseLiquid(source)));
 const expressions = {
   stored: new Parsed((source) => toExpression(source, true)),
   accepted: new Parsed((source) => toExpression(source, false)),

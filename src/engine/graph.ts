@@ -10,6 +10,7 @@ import {
 } from './definition.js';
 import { findCycles, type Edge } from './cycles.js';
 import { compileExpression, type Expression } from './expressions.js';
+import { atOnce, inTurns, type Pieces } from './turns.js';
 import { findUnsafeJson, parseShape, refuse, toPointer } from './validation.js';
 
 const POINTER = '/configuration';
@@ -74,31 +75,22 @@ export interface GraphOptions {
  * else all faults of the shape, else all of the meaning.
  */
 export function compileGraph(configuration: unknown, options: GraphOptions): Graph {
-  const pieces = compileInPieces(configuration, options);
-  for (;;) {
-    const piece = pieces.next();
-    if (piece.done) return piece.value;
-  }
+  return atOnce(compileInPieces(configuration, options));
 }
 
 /**
  * As {@link compileGraph}, which can take seconds for a definition as large as a request may be: asks `turn` before each
- * agent and each connection whether to wait.
+ * piece of it whether to wait.
  */
-export async function compileGraphInTurns(
+export function compileGraphInTurns(
   configuration: unknown,
   options: GraphOptions,
   turn: () => Promise<void> | undefined,
 ): Promise<Graph> {
-  const pieces = compileInPieces(configuration, options);
-  for (;;) {
-    await turn();
-    const piece = pieces.next();
-    if (piece.done) return piece.value;
-  }
+  return inTurns(compileInPieces(configuration, options), turn);
 }
 
-function* compileInPieces(configuration: unknown, options: GraphOptions): Generator<void, Graph> {
+function* compileInPieces(configuration: unknown, options: GraphOptions): Pieces<Graph> {
   const faults = checkLimits(configuration, options.limits);
   refuseWorkflow(faults);
   faults.push(...findUnsafeJson(configuration, POINTER));
@@ -145,7 +137,7 @@ type UnlinkedAgent = Omit<GraphAgent, 'incoming' | 'outgoing'>;
 function* compileAgents(
   definitions: AgentDefinition[],
   { models, faults }: { models: ModelRegistry; faults: Fault[] },
-): Generator<void, UnlinkedAgent[]> {
+): Pieces<UnlinkedAgent[]> {
   const known = new Set<string>();
   const agents: UnlinkedAgent[] = [];
   for (const [index, { agent_id, agent_type, name, config }] of definitions.entries()) {
@@ -162,7 +154,7 @@ function* compileAgents(
         detail: `must be one of ${kinds}, and is "${agent_type}"`,
       });
     }
-    const agent = kind?.compile(config, { pointer: toPointer(at, 'config'), models, faults });
+    const agent = kind && (yield* kind.compile(config, { pointer: toPointer(at, 'config'), models, faults }));
     if (agent !== undefined) agents.push(Object.freeze({ agent_id, agent_type, name, agent }));
     yield;
   }
@@ -186,7 +178,7 @@ interface ConnectionContext {
 function* compileConnections(
   { agents, connections }: WorkflowConfiguration,
   context: ConnectionContext,
-): Generator<void, PlacedConnection[]> {
+): Pieces<PlacedConnection[]> {
   const known = new Set(agents.map(({ agent_id }) => agent_id));
   const seen = new Map<string, number>();
   const placed: PlacedConnection[] = [];

@@ -1,11 +1,14 @@
 import {
   defaultOperators,
   Liquid,
+  Parser,
+  Tokenizer,
   toValue,
   type Context,
   type Emitter,
   type FilterImplOptions,
   type Template as ParsedTemplate,
+  type TopLevelToken,
 } from 'liquidjs';
 import {
   EVALUATION_LIMIT_MS,
@@ -16,10 +19,12 @@ import {
   refuseLongText,
   refuseSlowSearch,
 } from './bounds.js';
+import type { Pieces } from './turns.js';
 
 const MAX_TEMPLATE_CHARS = 100_000;
-/** Most tags and outputs of a template: reading one takes 10 µs, and nothing else happens meanwhile. */
 const MAX_TAGS = 10_000;
+/** So many tags, outputs and texts between them are parsed at once: about a millisecond. */
+const PIECE_TOKENS = 100;
 
 type FilterHandler = Extract<FilterImplOptions, (...values: never[]) => unknown>;
 
@@ -29,14 +34,42 @@ const SEARCHES = words('split replace replace_first replace_last remove remove_f
 const JSON_FILTERS = words('json jsonify inspect');
 
 /**
- * Parses a Liquid template. Throws an `Error`, to be told by {@link explainLiquid}.
+ * Parses a Liquid template, in pieces: what a tag encloses is one of them. Throws an `Error`, to be told by {@link explainLiquid}.
  */
-export function parseLiquid(source: string): ParsedTemplate[] {
+export function* parseLiquid(source: string): Pieces<ParsedTemplate[]> {
   if (source.length > MAX_TEMPLATE_CHARS)
     throw new Error(`it is longer than ${MAX_TEMPLATE_CHARS} characters`);
   const tags = source.split(/\{[{%]/, MAX_TAGS + 2).length - 1;
   if (tags > MAX_TAGS) throw new Error(`it has more than ${MAX_TAGS} tags and outputs`);
-  return liquid.parse(source);
+  const tokenizer = new Tokenizer(source, liquid.options.operators);
+  const tokens = toQueue(tokenizer.readTopLevelTokens(liquid.options));
+  const parser = new QueueParser(liquid);
+  const parsed: ParsedTemplate[] = [];
+  for (let token = tokens.shift(); token !== undefined; token = tokens.shift()) {
+    parsed.push(parser.parseToken(token, tokens));
+    if (parsed.length % PIECE_TOKENS === 0) yield;
+  }
+  return parsed;
+}
+
+/** What is left of the tokens of a template, the next one last: V8 moves all others when the first of thousands is taken away. */
+class TokenQueue extends Array<TopLevelToken> {
+  override shift(): TopLevelToken | undefined {
+    return this.pop();
+  }
+}
+
+function toQueue(tokens: readonly TopLevelToken[]): TokenQueue {
+  const queue = new TokenQueue();
+  for (const token of tokens.toReversed()) queue.push(token);
+  return queue;
+}
+
+class QueueParser extends Parser {
+  /** Of the tag `liquid`, which has tokens of its own. */
+  override parseTokens(tokens: TopLevelToken[]): ParsedTemplate[] {
+    return super.parseTokens(toQueue(tokens));
+  }
 }
 
 /**

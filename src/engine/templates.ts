@@ -4,6 +4,7 @@ import { refuseLength } from './bounds.js';
 import type { ChatMessage } from './definition.js';
 import { jsonOf, refuseLongInput, type Evaluations, type TemplateTask } from './evaluation.js';
 import { explainLiquid, parseLiquid } from './liquid.js';
+import type { Pieces } from './turns.js';
 
 /** Results of the agents before this one in the graph, by `agent_id`. */
 export interface EarlierResults {
@@ -126,12 +127,12 @@ export class Template {
  * can't be included, only own properties are visible, and time, memory and length are bounded.
  * What is wrong goes into `faults`, and then nothing is returned.
  */
-export function compileTemplate(
+export function* compileTemplate(
   source: string,
   at: { pointer: string; faults: Fault[] },
-): Template | undefined {
+): Pieces<Template | undefined> {
   try {
-    return new Template(source, toParts(parseLiquid(source)));
+    return new Template(source, toParts(yield* parseLiquid(source)));
   } catch (error) {
     const detail = `the template is not valid: ${explainLiquid(error).message}`;
     at.faults.push({ pointer: at.pointer, detail });

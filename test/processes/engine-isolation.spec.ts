@@ -180,18 +180,30 @@ it('texts that double and are compared end with a code, in a process that lives 
   expect(stderr).toBe(''); // no thread was lost on the way
 });
 
-it('a large definition is compiled in pieces, and so does not silence the event loop', async () => {
-  const yardstick = await Yardstick.lay();
-  const agents = Array.from({ length: 10 }, (_, index) => template(`a${index}`, '{{a.b.c}}'.repeat(9999)));
-  const connections = Array.from({ length: 500 }, (_, index) =>
-    connect('a0', `a${1 + (index % 9)}`, `${index} == 1${' + 1'.repeat(200)}`),
-  );
-  const turns = new Turns();
-  const options = { models: new ScriptedModels(), limits: LIMITS };
-  const silence = await silenceOf(() =>
-    compileGraphInTurns({ agents, connections }, options, () => turns.wait()),
-  );
-  await yardstick.expectAtMost(silence, MOST_SILENCE_MS, 'the longest silence of the event loop');
+it.each([
+  ['values', '{{a.b.c}}'.repeat(9999)],
+  ['values between texts', 'x{{a.b}}'.repeat(9999)],
+  ['values and texts in a tag', `{%if a%}${'x{{a.b}}'.repeat(9990)}{%endif%}`],
+  ['tags between texts', 'x{{a}}{%if a%}y{%endif%}'.repeat(3333)],
+  ['lines of one tag', `{%liquid\n${'#\n'.repeat(49_000)}%}`],
+])(
+  'a large definition of %s is compiled in pieces, and so does not silence the event loop',
+  async (_of, text) => {
+    const yardstick = await Yardstick.lay();
+    const agents = Array.from({ length: 10 }, (_, index) => template(`a${index}`, text));
+    const connections = Array.from({ length: 500 }, (_, index) =>
+      connect('a0', `a${1 + (index % 9)}`, `${index} == 1${' + 1'.repeat(200)}`),
+    );
+    const turns = new Turns();
+    const options = { models: new ScriptedModels(), limits: LIMITS };
+    const silence = await silenceOf(() =>
+      compileGraphInTurns({ agents, connections }, options, () => turns.wait()),
+    );
+    await yardstick.expectAtMost(silence, MOST_SILENCE_MS, 'the longest silence of the event loop');
+  },
+);
+
+it('a definition of too many tags is refused', () => {
   expect(() => compile([template('a', '{{a}}'.repeat(10_001))])).toThrow('more than 10000 tags and outputs');
 });
 

@@ -6,6 +6,7 @@ const load = (file) => import(new URL(`../../dist/${file}`, import.meta.url).hre
 const { EvaluationPool } = await load('engine/evaluation-pool.js');
 const { Evaluations } = await load('engine/evaluation.js');
 const { compileTemplate } = await load('engine/templates.js');
+const { atOnce } = await load('engine/turns.js');
 const { Metrics } = await load('metrics.js');
 
 const WAYS = [
@@ -23,7 +24,7 @@ const codes = [];
 for (const way of WAYS) {
   for (const comparison of ['a == b', 'a < b', 'a contains b']) {
     const source = `{% assign a = "x" %}{% assign b = "x" %}${way.repeat(28)}{% if ${comparison} %}yes{% endif %}`;
-    const template = compileTemplate(source, { pointer: '', faults: [] });
+    const template = atOnce(compileTemplate(source, { pointer: '', faults: [] }));
     const evaluations = new Evaluations(pool, new AbortController().signal);
     const scope = { query: '', variables: {}, chat_history: [], evaluations, earlier: () => ({}) };
     codes.push(

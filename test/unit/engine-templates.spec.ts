@@ -1,6 +1,7 @@
 import { describe, expect, it } from '@jest/globals';
 import { AppError, type Fault } from '../../src/errors.js';
 import { compileTemplate, type EarlierResults, type TemplateScope } from '../../src/engine/templates.js';
+import { atOnce } from '../../src/engine/turns.js';
 import { evaluations } from './engine-support.js';
 
 const nothingEarlier: EarlierResults = { outputs: {}, errors: {} };
@@ -23,14 +24,14 @@ async function render(
   earlier = nothingEarlier,
 ): Promise<string> {
   const faults: Fault[] = [];
-  const template = compileTemplate(source, { pointer: '/t', faults });
+  const template = atOnce(compileTemplate(source, { pointer: '/t', faults }));
   if (template === undefined) throw new Error(faults[0]?.detail);
   return template.render(scopeOf(scope, earlier));
 }
 
 function faultIn(source: string): string {
   const faults: Fault[] = [];
-  expect(compileTemplate(source, { pointer: '/t', faults })).toBeUndefined();
+  expect(atOnce(compileTemplate(source, { pointer: '/t', faults }))).toBeUndefined();
   expect(faults).toEqual([{ pointer: '/t', detail: expect.stringMatching(/^the template is not valid: /) }]);
   return faults[0]?.detail ?? '';
 }
@@ -127,7 +128,7 @@ describe('a template', () => {
   });
 
   it('asks for earlier results only when it names them', async () => {
-    const template = compileTemplate('{{ query }}{{ query | upcase }}', { pointer: '', faults: [] });
+    const template = atOnce(compileTemplate('{{ query }}{{ query | upcase }}', { pointer: '', faults: [] }));
     const earlier = (): never => {
       throw new Error('asked');
     };
@@ -213,9 +214,11 @@ describe('a template', () => {
   });
 
   it('works again after it was ended', async () => {
-    const template = compileTemplate(
-      '{% for i in variables.l %}{% for j in variables.l %}{% for k in variables.l %}{% cycle "a", "b" %}{% endfor %}{% endfor %}{% endfor %}',
-      { pointer: '', faults: [] },
+    const template = atOnce(
+      compileTemplate(
+        '{% for i in variables.l %}{% for j in variables.l %}{% for k in variables.l %}{% cycle "a", "b" %}{% endfor %}{% endfor %}{% endfor %}',
+        { pointer: '', faults: [] },
+      ),
     );
     const scope = (length: number) => scopeOf({ variables: { l: Array.from({ length }, () => 1) } });
     await expect(template?.render(scope(2000))).rejects.toThrow(/500 ms|render limit/);

@@ -82,5 +82,6 @@ describe('a time', () => {
     await onMachines(4, 4).expectAtMost(401, 100, 'it');
     await onMachines(0.5, 2).expectAtMost(201, 100, 'it');
     expect(reasons()).toHaveLength(2);
+    await expect(onMachines(4, 4).expectAtMost(1201, 100, 'it')).rejects.toThrow('it took 1201 ms');
   });
 });

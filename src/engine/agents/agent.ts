@@ -5,6 +5,7 @@ import type { ModelUsage } from '../../models/usage.js';
 import type { AgentOverrides, ChatMessage } from '../definition.js';
 import type { Evaluations } from '../evaluation.js';
 import type { EarlierResults } from '../templates.js';
+import type { Pieces } from '../turns.js';
 import { parseShape } from '../validation.js';
 
 /** Why a step failed, in words for a client. */
@@ -67,18 +68,18 @@ export interface CompileContext {
 /** A kind of agent (`agent_type`). */
 export interface AgentKind {
   /** Checks an agent's `config`; what is wrong goes into `context.faults`, and then nothing is returned. */
-  compile(config: unknown, context: CompileContext): Agent | undefined;
+  compile(config: unknown, context: CompileContext): Pieces<Agent | undefined>;
 }
 
 /** Makes a kind of agent from the schema of its `config` and a function that compiles what fits the schema. */
 export function agentKind<Schema extends z.ZodType>(
   schema: Schema,
-  compile: (config: z.output<Schema>, context: CompileContext) => Agent | undefined,
+  compile: (config: z.output<Schema>, context: CompileContext) => Pieces<Agent | undefined>,
 ): AgentKind {
   return {
-    compile(value, context) {
+    *compile(value, context) {
       const config = parseShape(schema, value, context);
-      return config === undefined ? undefined : compile(config, context);
+      return config === undefined ? undefined : yield* compile(config, context);
     },
   };
 }

@@ -43,10 +43,10 @@ interface Call {
 }
 
 /** `llm`: asks a model with its system prompt, the chat history, the query and the outputs of its sources. */
-export const llmAgent = agentKind(schema, (config, { pointer, models, faults }) => {
+export const llmAgent = agentKind(schema, function* (config, { pointer, models, faults }) {
   const problem = models.check(config.model);
   if (problem !== undefined) faults.push({ pointer: toPointer(pointer, 'model'), detail: problem });
-  const prompt = compileTemplate(config.system_prompt ?? '', {
+  const prompt = yield* compileTemplate(config.system_prompt ?? '', {
     pointer: toPointer(pointer, 'system_prompt'),
     faults,
   });

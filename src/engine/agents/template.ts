@@ -9,8 +9,11 @@ import { agentKind, type AgentContext } from './agent.js';
 /** `template`: speaks a text made from the query, the variables and earlier outputs, without a model. */
 export const templateAgent = agentKind(
   z.strictObject({ template: z.string() }),
-  (config, { pointer, faults }) => {
-    const template = compileTemplate(config.template, { pointer: toPointer(pointer, 'template'), faults });
+  function* (config, { pointer, faults }) {
+    const template = yield* compileTemplate(config.template, {
+      pointer: toPointer(pointer, 'template'),
+      faults,
+    });
     return (
       template && {
         async run(context) {
