@@ -21,20 +21,26 @@ function valueOf(bin: string): string {
 }
 
 /**
- * SQL aggregate: some quantiles as an array, from rows that each have a `bin`, `upto` (how many values are in this bin and the
- * lower ones) and `total` (how many in all). Between two values it interpolates as `percentile_cont` does.
+ * SQL of a subquery: some quantiles of all that is in the bins, as an array; null of nothing. Between two values it interpolates as
+ * `percentile_cont` does.
+ *
+ * @param counted FROM item with a `bin` and its `count`, perhaps several times
  */
-export function quantiles(of: readonly number[]): string {
+export function quantiles(of: readonly number[], counted: string): string {
   const at = of.map((quantile) => {
-    const position = `${quantile} * (max(total) - 1)`;
-    const low = lowest(`floor(${quantile} * (total - 1))`);
-    const high = lowest(`ceil(${quantile} * (total - 1))`);
+    const position = `${quantile} * (upto[cardinality(upto)] - 1)`;
+    const [low, high] = [valueAt(`floor(${position})`), valueAt(`ceil(${position})`)];
     return `${low} + (${high} - ${low}) * (${position} - floor(${position}))`;
   });
-  return `ARRAY[${at.join(', ')}]::float8[]`;
+  return `(
+    SELECT ARRAY[${at.join(', ')}]
+      FROM (SELECT array_agg(bin ORDER BY bin) AS bins, array_agg(upto ORDER BY bin) AS upto
+              FROM (SELECT bin, (sum(count) OVER (ORDER BY bin))::float8 AS upto
+                      FROM (SELECT bin, sum(count)::float8 AS count FROM ${counted} GROUP BY bin) AS summed) AS ranked
+            HAVING count(*) > 0) AS histogram)`;
 }
 
-/** The value of the bin that holds the value at `rank`, counted from 0. */
-function lowest(rank: string): string {
-  return valueOf(`(min(bin) FILTER (WHERE upto > ${rank}))`);
+/** The value at a rank, counted from 0: that of the first bin up to which there are more. */
+function valueAt(rank: string): string {
+  return valueOf(`bins[width_bucket(${rank}, upto) + 1]`);
 }

@@ -2,8 +2,9 @@ import { IS_CANCELLED, IS_COMPLETED, IS_ERROR } from '../executions/status.js';
 import { binOf, quantiles } from './histogram.js';
 import { ENDED_EXECUTION } from './roll-ups.statements.js';
 
-/** The quantiles of the totals and of each step of a series. */
+/** The quantiles of the totals, and of each step of a series. */
 const QUANTILES = [0.5, 0.95, 0.99];
+const QUANTILES_OF_STEPS = [0.5, 0.95];
 
 /** Executions that are in no roll-up: not yet, because their end is not added, or older than the backfill has come. */
 const NOT_ROLLED_UP = `
@@ -30,17 +31,14 @@ const OF_PARTS_OF_MINUTES = `
        WHERE deployment_id = $1 AND finished_at >= first AND finished_at < past) AS single
    WHERE segment.granularity IS NULL`;
 
-/** The bins of what is rolled up, and of single executions. What comes first is only asked for in all. */
-const BINS = `
-  SELECT step, 'duration' AS kind, bin, count
-    FROM rolled_up CROSS JOIN LATERAL unnest(duration_bins, duration_counts) AS each (bin, count)
-   UNION ALL
-  SELECT NULL, 'first_chunk', bin, count
-    FROM rolled_up CROSS JOIN LATERAL unnest(first_chunk_bins, first_chunk_counts) AS each (bin, count)
-   UNION ALL
-  SELECT step, 'duration', ${binOf('duration_ms')}, 1 FROM single WHERE NOT status ${IS_CANCELLED}
-   UNION ALL
-  SELECT NULL, 'first_chunk', ${binOf('time_to_first_chunk_ms')}, 1 FROM single WHERE time_to_first_chunk_ms IS NOT NULL`;
+/** FROM item of every bin of some parts. */
+const binsOf = (parts: string) => `${parts} CROSS JOIN LATERAL unnest(bins, counts) AS each (bin, count)`;
+
+/** The bins of single executions of each step, as a roll-up has them. */
+const binsOfSingle = (of: string, condition: string) => `
+  SELECT step, array_agg(bin) AS bins, array_agg(count) AS counts
+    FROM (SELECT step, ${binOf(of)} AS bin, count(*)::int AS count FROM single WHERE ${condition} GROUP BY 1, 2) AS binned
+   GROUP BY step`;
 
 /**
  * The totals and each step of the series, of one moment. $1: the deployment. $2, $3, $4: the times that count, cut into segments
@@ -74,25 +72,21 @@ export const STATISTICS = `
                    finished_at, CASE WHEN status ${IS_ERROR} THEN finished_at END, input_tokens, output_tokens
               FROM single) AS parts
      GROUP BY GROUPING SETS ((), (step))
-  ), binned AS (
-    SELECT grouping(step) = 1 AS is_total, step, kind, bin, sum(count) AS count
-      FROM (${BINS}) AS bins
-     GROUP BY GROUPING SETS ((kind, bin), (step, kind, bin))
-  ), ranked AS (
-    SELECT is_total, step, kind, bin,
-           sum(count) OVER (PARTITION BY is_total, step, kind ORDER BY bin) AS upto,
-           sum(count) OVER (PARTITION BY is_total, step, kind) AS total
-      FROM binned
-  ), percentiles AS (
-    SELECT is_total, step, kind, ${quantiles(QUANTILES)} AS at FROM ranked GROUP BY is_total, step, kind
+  ), durations AS MATERIALIZED (
+    SELECT step, duration_bins AS bins, duration_counts AS counts FROM rolled_up
+     UNION ALL ${binsOfSingle('duration_ms', `NOT status ${IS_CANCELLED}`)}
+  ), first_chunks AS (
+    SELECT first_chunk_bins AS bins, first_chunk_counts AS counts FROM rolled_up
+     UNION ALL SELECT bins, counts FROM (${binsOfSingle('time_to_first_chunk_ms', 'time_to_first_chunk_ms IS NOT NULL')}) AS of_single
+  ), duration_steps AS (
+    SELECT step, array_agg(ROW(bins, counts)) AS parts FROM durations WHERE step IS NOT NULL GROUP BY step
   )
-  SELECT counts.*, durations.at AS duration_ms, first_chunks.at AS time_to_first_chunk_ms
-    FROM counts
-    LEFT JOIN percentiles AS durations
-      ON durations.kind = 'duration' AND durations.is_total = counts.is_total
-     AND coalesce(durations.step, '-infinity') = coalesce(counts.step, '-infinity')
-    LEFT JOIN percentiles AS first_chunks
-      ON first_chunks.kind = 'first_chunk' AND first_chunks.is_total AND counts.is_total`;
+  SELECT counts.*,
+         CASE WHEN is_total THEN ${quantiles(QUANTILES, binsOf('durations'))}
+              ELSE ${quantiles(QUANTILES_OF_STEPS, binsOf('unnest(parts) AS part (bins int[], counts int[])'))}
+         END AS duration_ms,
+         CASE WHEN is_total THEN ${quantiles(QUANTILES, binsOf('first_chunks'))} END AS time_to_first_chunk_ms
+    FROM counts LEFT JOIN duration_steps ON NOT is_total AND duration_steps.step = counts.step`;
 
 /** What an execution that failed at a moment ($2) said. */
 export const FAILURE_AT = {
