@@ -1,7 +1,7 @@
 import all, { server } from './jest.config.js';
 
 /** The specs that depend on what carries the queue; the others run with it in PostgreSQL only. */
-const OF_THE_QUEUE = ['accepted', 'clocks', 'crash', 'limits', 'poison', 'redis', 'zombie'];
+const OF_THE_QUEUE = ['accepted', 'clocks', 'crash', 'limits', 'redis', 'zombie'];
 
 const project = (queue, options) => ({
   ...server,

@@ -5,8 +5,8 @@ import { expectWhole } from '../support/chaos-checks.js';
 import { whileLocked } from '../support/database.js';
 import type { ClientRun } from '../support/chaos-clients.js';
 
-/** Each of the two ways at each of the two api processes. */
-const ROUNDS = 4;
+/** Each of the two ways, at either api process. */
+const ROUNDS = 2;
 const RUNS_A_ROUND = 5;
 const PIECES = 4;
 /** A whole test; only ends one that hangs. */
@@ -29,10 +29,10 @@ describeChaos('an execution that was accepted', () => {
         const deployment = await chaos.studio().deploy({ agents: [ledger.agent('a', PIECES, 1)] });
         const runs: ClientRun[] = [];
         for (let round = 0; round < ROUNDS; round++) {
-          const api = stack.apis[round % 2];
+          const api = stack.apis[round];
           if (!api) throw new Error('There is no such process.');
           const work = () => acceptAndKill(deployment, api);
-          runs.push(...(await (round % 4 < 2 ? work() : outOfReach(work))));
+          runs.push(...(await (round === 0 ? work() : outOfReach(work))));
           await startAll();
         }
         expect(runs).toHaveLength(ROUNDS * RUNS_A_ROUND);
