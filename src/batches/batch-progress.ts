@@ -124,6 +124,8 @@ type Released = Pick<Execution, 'execution_id' | 'deployment_id' | 'admitted'>;
 export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
   private readonly logger = new Logger(BatchProgress.name);
   private readonly rounds = new GroupCommit<string, void>((batchIds) => this.advanceAll(batchIds));
+  /** Batches whose items are being ended; nothing else is done to them meanwhile. */
+  private readonly stopping = new Map<string, Promise<void>>();
   private readonly looks = new Repeat(() => this.look(), {
     everyMs: LOOK_MS,
     onError: (error) => this.report(error),
@@ -153,21 +155,25 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
   }
 
   /** Carries a batch on as far as it can be now. Repeating it changes nothing. */
-  advance(batchId: string): Promise<void> {
-    return this.rounds.add(batchId);
+  async advance(batchId: string): Promise<void> {
+    await this.rounds.add(batchId);
+    await this.stopping.get(batchId);
   }
 
+  /** What can take long is not waited for: a Redis that is away, and the ends of one batch's items, would hold up all others. */
   private async advanceAll(asked: string[]): Promise<void[]> {
-    let batchIds = [...new Set(asked)];
-    while (batchIds.length > 0) {
-      const { stopped, released, finished } = await exclusively(this.pool, LOCKS.batch, (client) =>
-        this.advanceOnce(client, batchIds),
+    const batchIds = [...new Set(asked)].filter((batchId) => !this.stopping.has(batchId));
+    const { stopped, released, finished } = await exclusively(this.pool, LOCKS.batch, (client) =>
+      this.advanceOnce(client, batchIds),
+    );
+    finished.forEach(({ batch_id }) => this.log.ended(batch_id));
+    // What does not get into the queue is put in by the sweep.
+    this.enqueue(released).catch((error: unknown) => this.report(error));
+    for (const batchId of batchIds)
+      this.stop(
+        batchId,
+        stopped.filter((item) => item.batch_id === batchId),
       );
-      finished.forEach(({ batch_id }) => this.log.ended(batch_id));
-      // Not waited for: a Redis that is away would hold up all batches. What does not get in is put in by the sweep.
-      this.enqueue(released).catch((error: unknown) => this.report(error));
-      batchIds = await this.endUnbegun(stopped);
-    }
     return asked.map(() => undefined);
   }
 
@@ -192,13 +198,25 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
     if (admitted.length > 0) await this.queue.add(admitted.toSorted());
   }
 
-  /** Ends what no worker has taken up; the others are told. @returns the batches that may go on after it */
-  private async endUnbegun(stopped: Execution[]): Promise<string[]> {
-    const unbegun = stopped.filter(isUnbegun);
-    const begun = stopped.filter((item) => !unbegun.includes(item));
+  /** Ends what no worker has taken up, after which the batch goes on; the others are told. */
+  private stop(batchId: string, items: Execution[]): void {
+    const unbegun = items.filter(isUnbegun);
+    const begun = items.filter((item) => !unbegun.includes(item));
     this.running.cancel(begun.map(({ execution_id }) => execution_id));
-    await Promise.all(unbegun.map((item) => this.ends.end(item, { status: 'cancelled' })));
-    return [...new Set(unbegun.map(({ batch_id }) => batch_id ?? ''))];
+    if (unbegun.length === 0) return;
+    const end = async () => {
+      try {
+        await Promise.all(unbegun.map((item) => this.ends.end(item, { status: 'cancelled' })));
+      } finally {
+        this.stopping.delete(batchId);
+      }
+      await this.rounds.add(batchId);
+    };
+    // What fails is met again when a worker looks next.
+    this.stopping.set(
+      batchId,
+      end().catch((error: unknown) => this.report(error)),
+    );
   }
 
   private async look(): Promise<void> {

@@ -132,7 +132,7 @@ export class DeploymentsController {
   @Sse('deployments/:deployment_name/events', { maxPendingDataLength: 0 })
   @DeploymentName()
   @ApiEventStream('Server-Sent Events; the data of each one is a snapshot or a change of status')
-  @ApiProblems('validation_failed', 'invalid_cursor', 'deployment_not_found')
+  @ApiProblems('validation_failed', 'invalid_cursor', 'deployment_not_found', 'too_many_requests')
   events(
     @Param('deployment_name') deploymentName: string,
     @Query() query: DeploymentEventsQueryDto,

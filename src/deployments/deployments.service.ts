@@ -1,10 +1,11 @@
+import { isDeepStrictEqual } from 'node:util';
 import { Injectable } from '@nestjs/common';
 import type { MessageEvent } from '@nestjs/common';
 import type { Response } from 'express';
 import { Pool } from 'pg';
 import type { Observable } from 'rxjs';
 import { DataSource } from 'typeorm';
-import type { EntityManager } from 'typeorm';
+import type { EntityManager, FindOneOptions } from 'typeorm';
 import { v7 as uuidv7, validate as isUuid } from 'uuid';
 import { countedDeployment } from '../database/counted-deployment.js';
 import type { RuntimeConfig } from '../database/entities/configuration.js';
@@ -53,6 +54,8 @@ const DEFAULT_ENVIRONMENT = 'production';
 /** Compiled graphs that are kept, and characters of their definitions: what is compiled may take a hundred times as much. */
 const MOST_REVISIONS = 500;
 const MOST_CHARACTERS = 4 * 1024 * 1024;
+/** From here on compiling may take a tenth of a second and some MB. */
+const LARGE_CHARACTERS = 64 * 1024;
 
 const FIND_ACTIVE = {
   name: 'deployment-find-active',
@@ -66,6 +69,12 @@ const FIND_ACTIVE = {
 const FIND_REVISION = {
   name: 'deployment-find-revision',
   text: 'SELECT configuration, runtime_config FROM deployment_revision WHERE revision_id = $1',
+};
+
+const COUNT_STEPS = {
+  name: 'deployment-count-steps',
+  text: `
+    SELECT json_array_length(configuration->'agents') AS steps FROM deployment_revision WHERE revision_id = $1`,
 };
 
 /** A new name, or an inactive one that becomes active again and keeps its counters; nothing if it is active. */
@@ -113,6 +122,7 @@ const FIND = `${SELECT}
 export class DeploymentsService {
   /** By `revision_id`, the one that was used last at the end. */
   private readonly revisions = new Map<string, KeptRevision>();
+  private turn: Promise<unknown> = Promise.resolve();
 
   constructor(
     private readonly pool: Pool,
@@ -131,17 +141,18 @@ export class DeploymentsService {
     manager: EntityManager = this.dataSource.manager,
   ): Promise<DeploymentDto> {
     if (!isUuid(workflowId)) throw workflowNotFound(workflowId);
-    return manager.transaction(async (transaction) => {
-      // A deletion locks the same row, so no deployment is made of a workflow that goes at this moment.
-      const workflow = await transaction.findOne(Workflow, {
-        where: { workflow_id: workflowId },
-        lock: { mode: 'pessimistic_read' },
-      });
-      if (!workflow) throw workflowNotFound(workflowId);
-      if (!workflow.is_active) throw workflowInactive(workflow);
+    for (;;) {
+      // Compiling can take seconds, in which no transaction waits.
+      const workflow = await findWorkflow(workflowId, manager);
       await this.workflows.compile(workflow.configuration, { stored: true });
-      return present(await activate(workflow, body, transaction));
-    });
+      const deployed = await manager.transaction(async (transaction) => {
+        // A deletion locks the same row, so no deployment is made of a workflow that goes at this moment.
+        const current = await findWorkflow(workflowId, transaction, { mode: 'pessimistic_read' });
+        const isCompiled = isDeepStrictEqual(current.configuration, workflow.configuration);
+        return isCompiled ? activate(current, body, transaction) : undefined;
+      });
+      if (deployed) return present(deployed);
+    }
   }
 
   async list({ environment, status, limit, cursor }: ListDeploymentsDto): Promise<DeploymentPageDto> {
@@ -230,32 +241,37 @@ export class DeploymentsService {
 
   /** How many steps an execution of a revision has, be it one that this server can't run any more. */
   async countSteps(revisionId: string): Promise<number> {
-    try {
-      return (await this.revision(revisionId)).graph.total_steps;
-    } catch (error) {
-      if (!(error instanceof AppError)) throw error;
-      return (await this.readRevision(revisionId)).configuration.agents.length;
-    }
+    const { rows } = await this.pool.query<{ steps: number }>({ ...COUNT_STEPS, values: [revisionId] });
+    if (!rows[0]) throw revisionMissing(revisionId);
+    return rows[0].steps;
   }
 
   private async readRevision(revisionId: string): Promise<RevisionRow> {
     const { rows } = await this.pool.query<RevisionRow>({ ...FIND_REVISION, values: [revisionId] });
-    if (!rows[0]) throw new Error(`The revision ${revisionId} is missing.`);
+    if (!rows[0]) throw revisionMissing(revisionId);
     return rows[0];
   }
 
   private loadRevision(revisionId: string): KeptRevision {
     const load = async (): Promise<CompiledRevision> => {
       const { configuration, runtime_config } = await this.readRevision(revisionId);
-      const graph = await this.workflows.compile(configuration, { stored: true });
       kept.characters = JSON.stringify([configuration, runtime_config]).length;
       this.forgetOldest();
+      const compile = () => this.workflows.compile(configuration, { stored: true });
+      const graph = await (kept.characters > LARGE_CHARACTERS ? this.inTurn(compile) : compile());
       return { revision_id: revisionId, runtime_config, graph };
     };
     const kept: KeptRevision = { revision: load(), characters: 0 };
     // Whoever asked sees the failure; the next one tries again.
     kept.revision.catch(() => this.revisions.delete(revisionId));
     return kept;
+  }
+
+  /** Large definitions are compiled one at a time: together they would need as much memory at once. */
+  private inTurn<Result>(work: () => Promise<Result>): Promise<Result> {
+    const result = this.turn.then(work);
+    this.turn = result.catch(() => undefined); // its caller is told
+    return result;
   }
 
   private forgetOldest(): void {
@@ -267,6 +283,17 @@ export class DeploymentsService {
       characters -= kept.characters;
     }
   }
+}
+
+async function findWorkflow(
+  workflow_id: string,
+  manager: EntityManager,
+  lock?: FindOneOptions<Workflow>['lock'],
+): Promise<Workflow> {
+  const workflow = await manager.findOne(Workflow, { where: { workflow_id }, lock });
+  if (!workflow) throw workflowNotFound(workflow_id);
+  if (!workflow.is_active) throw workflowInactive(workflow);
+  return workflow;
 }
 
 async function activate(
@@ -312,6 +339,10 @@ function notFound(deploymentName: string, environment?: string): AppError {
     'deployment_not_found',
     `There is no deployment ${quoted(deploymentName)}${where}. Deploy a workflow under this name first.`,
   );
+}
+
+function revisionMissing(revisionId: string): Error {
+  return new Error(`The revision ${revisionId} is missing.`);
 }
 
 function workflowInactive({ workflow_id, name }: Workflow): AppError {

@@ -54,10 +54,16 @@ export abstract class Evaluator {
   abstract countInline(): void;
 }
 
+/** UTF-16 code units of the texts that the agents of one execution hold at once, about: one more may be made before it is full. */
+const MOST_HELD = 10_000_000;
+
 /** The evaluations of one execution: one at a time in a thread, all of them within one budget. */
 export class Evaluations {
   private spent_ms = 0;
   private last: Promise<unknown> = Promise.resolve();
+  private held = 0;
+  /** Who waits for room. */
+  private waiting: (() => void)[] = [];
 
   constructor(
     private readonly evaluator: Evaluator,
@@ -66,6 +72,25 @@ export class Evaluations {
 
   turn(): Promise<void> | undefined {
     return this.evaluator.turn();
+  }
+
+  /**
+   * Keeps a text in mind that an agent has and has not said, or sent, yet, as long as it is; gives back what lets go of it.
+   *
+   * @param length in UTF-16 code units
+   */
+  hold(length: number): () => void {
+    this.held += length;
+    return () => {
+      this.held -= length;
+      for (const goOn of this.waiting.splice(0)) goOn();
+    };
+  }
+
+  /** To be asked, again and again, before a text is made: undefined, or a promise for when the run may hold less than now. */
+  room(): Promise<void> | undefined {
+    if (this.held < MOST_HELD) return undefined;
+    return new Promise((resolve) => this.waiting.push(resolve));
   }
 
   countInline(): void {
@@ -83,6 +108,7 @@ export class Evaluations {
   }
 
   private async evaluate(make: () => EvaluationTask): Promise<string | boolean> {
+    for (let room = this.room(); room !== undefined; room = this.room()) await room;
     const { spent_ms, signal, evaluator } = this;
     if (spent_ms >= evaluator.budget_ms) {
       throw new AppError(

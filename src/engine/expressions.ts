@@ -3,7 +3,7 @@ import type { Fault } from '../errors.js';
 import { EvaluationLimitError, MAX_EVALUATION_CHARS, refuseSlowSearch } from './bounds.js';
 import { weigh, type Weight } from './expression-weight.js';
 import { jsonOf, refuseLongInput, type ConditionTask, type Evaluations } from './evaluation.js';
-import { compilePattern } from './patterns.js';
+import { MAX_PATTERNS_WEIGHT, compilePattern, weighPattern } from './patterns.js';
 
 const MAX_EXPRESSION_CHARS = 2000;
 /**
@@ -246,6 +246,7 @@ function checkTypes(parsed: ParseResult): void {
  * Iterative: a long chain of operators makes a tree as deep as the expression is long.
  */
 function prepare(root: ASTNode, stored: boolean): void {
+  let patterns = 0;
   const pending: { value: unknown; level: number }[] = [{ value: root, level: 0 }];
   for (let next = pending.pop(); next !== undefined; next = pending.pop()) {
     let { level } = next;
@@ -253,6 +254,8 @@ function prepare(root: ASTNode, stored: boolean): void {
       if (isAggregate(next.value)) level += 1;
       if (level > MAX_NESTED_AGGREGATES) throw new Error('its lists, maps and macros are nested too deeply');
       refuseGrowth(next.value);
+      patterns += weightOfPattern(next.value);
+      if (patterns > MAX_PATTERNS_WEIGHT) throw new Error('its regular expressions are too large together');
       prepareCall(next.value, stored);
     }
     const children = isNode(next.value) ? next.value.args : next.value;
@@ -278,19 +281,32 @@ function prepareCall(node: ASTNode, stored: boolean): void {
   (node.args as unknown[])[0] = isStoredPattern ? STORED_MATCHES : OURS + name;
 }
 
+/** Of a pattern that stands in the expression; what comes out of data is compiled in a thread. */
+function weightOfPattern(node: ASTNode): number {
+  const pattern = calledName(node) === 'matches' ? literalPattern(node) : undefined;
+  return pattern === undefined ? 0 : weighPattern(pattern);
+}
+
+function literalPattern(node: ASTNode): string | undefined {
+  const pattern: unknown = (node.args as unknown[]).flat().at(-1);
+  return isNode(pattern) && pattern.op === 'value' && typeof pattern.args === 'string'
+    ? pattern.args
+    : undefined;
+}
+
 /**
  * A pattern that stands in the expression is checked now, not when the first run comes by; one that comes out of data is
  * always RE2's. False for one that only JavaScript knows, where that is allowed.
  */
 function isPatternOfRe2(node: ASTNode, stored: boolean): boolean {
-  const pattern: unknown = (node.args as unknown[]).flat().at(-1);
-  if (!isNode(pattern) || pattern.op !== 'value' || typeof pattern.args !== 'string') return true;
+  const pattern = literalPattern(node);
+  if (pattern === undefined) return true;
   try {
-    compilePattern(pattern.args);
+    compilePattern(pattern);
     return true;
   } catch (error) {
     if (!stored) throw error;
-    toRegExp(pattern.args);
+    toRegExp(pattern);
     return false;
   }
 }

@@ -5,6 +5,14 @@ import { EvaluationLimitError } from './bounds.js';
 const MAX_PATTERN_CHARS = 2000;
 /** Most instructions of a compiled one: each of them may look at each character of a text. */
 const MAX_PROGRAM = 10_000;
+/** What all that stand in one condition may weigh together: to compile as much takes some 50 ms. */
+export const MAX_PATTERNS_WEIGHT = 20_000;
+/** Instructions that compile in the time of one class of Unicode. */
+const CLASS_WEIGHT = 100;
+/** The same of a range of which the other case of each character is looked for. */
+const FOLDED_WEIGHT = 1000;
+/** Its ranges are short. */
+const IS_ASCII_CLASS = /^(?:[\x20-\x5b\x5d-\x7e]|\\[^x])*$/;
 /** Compiled ones that are kept. */
 const MAX_KEPT = 100;
 
@@ -41,6 +49,7 @@ function compile(source: string): Pattern {
     );
   }
   refuseProgram(estimateProgram(source), source);
+  refuseProgram(weighPattern(source), source);
   try {
     const pattern = RE2JS.compile(source);
     refuseProgram(pattern.programSize(), source);
@@ -66,6 +75,19 @@ function refuseProgram(size: number, source: string): void {
     `the regular expression "${source.slice(0, 100)}" repeats too much of itself`,
     'size',
   );
+}
+
+/** How much work it is to compile one, in instructions. */
+export function weighPattern(source: string): number {
+  const foldsCases = /\(\?[a-zA-Z]*i/.test(source);
+  const classes = source.match(/\\[pP]/g)?.length ?? 0;
+  let weight = estimateProgram(source) + classes * CLASS_WEIGHT * (foldsCases ? 2 : 1);
+  if (!foldsCases) return weight;
+  for (const [part] of source.matchAll(PARTS)) {
+    if (part.startsWith('[') && !IS_ASCII_CLASS.test(part))
+      weight += (part.split('-').length - 1) * FOLDED_WEIGHT;
+  }
+  return weight;
 }
 
 /** How many instructions it becomes, about: repetitions are written out, and that alone could take seconds. */

@@ -56,7 +56,7 @@ export class Template {
    */
   render(scope: TemplateScope): string | Promise<string> {
     if (this.plain !== undefined) return this.plain;
-    const turn = scope.evaluations.turn();
+    const turn = scope.evaluations.room() ?? scope.evaluations.turn();
     if (turn !== undefined) return turn.then(() => this.render(scope));
     try {
       const text = this.renderParts(scope);

@@ -133,7 +133,7 @@ export class ExecutionsController {
    */
   @Sse('events', { maxPendingDataLength: 0 })
   @ApiEventStream('Server-Sent Events; the data of each one is a snapshot or a change of status')
-  @ApiProblems('validation_failed', 'invalid_cursor')
+  @ApiProblems('validation_failed', 'invalid_cursor', 'too_many_requests')
   events(
     @Query() { after, ...filter }: ExecutionEventsQueryDto,
     @Headers('last-event-id') lastEventId: string | undefined,

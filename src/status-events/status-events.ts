@@ -5,6 +5,7 @@ import type { StatusEvent } from '../database/entities/status-event.entity.js';
 import { exclusively } from '../database/exclusively.js';
 import { AppError } from '../errors.js';
 import { LOCKS } from '../database/locks.js';
+import { SlowPool } from '../database/slow-pool.js';
 import { isUnavailable, retryWhileUnavailable } from '../database/unavailable.js';
 import { Repeat } from '../repeat.js';
 import { IS_KEPT, LOOK, NUMBERED_AT_ONCE, NUMBER_PENDING, READ, SNAPSHOT } from './statements.js';
@@ -25,6 +26,8 @@ const READ_ROWS = 500;
 const MOST_PIECES = 20;
 /** Sequences that are looked through at once; there are about two of them for a change. */
 const READ_SPAN = 20_000;
+/** Different snapshots that wait for their turn. */
+const MOST_SNAPSHOTS = 200;
 
 /**
  * The changes of status in the order of their commits, for any number of readers. As with the event log, a reader is a
@@ -50,10 +53,18 @@ export class StatusEvents implements BeforeApplicationShutdown {
       onError: (error) => this.logger[isUnavailable(error) ? 'debug' : 'error'](error),
     },
   );
-  private turn: Promise<unknown> = Promise.resolve();
+  private readonly turns: Record<Lane, Promise<unknown>> = {
+    numbers: Promise.resolve(),
+    snapshots: Promise.resolve(),
+  };
+  /** Pieces of the table that are being read: who wants the same shares it. */
+  private readonly pieces = new Map<string, Promise<StatusChange[]>>();
   private closed = false;
 
-  constructor(private readonly pool: Pool) {}
+  constructor(
+    private readonly pool: Pool,
+    private readonly slowPool: SlowPool,
+  ) {}
 
   /** Ends every reader, those to come included. */
   beforeApplicationShutdown(): void {
@@ -103,16 +114,17 @@ export class StatusEvents implements BeforeApplicationShutdown {
 
   /** Numbers a piece of what is pending. */
   private async numberSome(): Promise<{ head: number; isAll: boolean }> {
-    const { head, numbered } = await this.inSequence<{ head: string; numbered: number }>((query) =>
+    const { head, numbered } = await this.inSequence<{ head: string; numbered: number }>('numbers', (query) =>
       query(NUMBER_PENDING),
     );
     return { head: Number(head), isAll: numbered < NUMBERED_AT_ONCE };
   }
 
-  private snapshot(filter: StatusFilter): Promise<StatusSnapshot> {
+  private async snapshot(filter: StatusFilter): Promise<StatusSnapshot> {
     const key = JSON.stringify(valuesOf(filter));
     const waiting = this.snapshots.get(key);
     if (waiting) return waiting;
+    if (this.snapshots.size >= MOST_SNAPSHOTS) throw tooManySnapshots();
     const snapshot = this.takeSnapshot(filter, key);
     this.snapshots.set(key, snapshot);
     snapshot.catch(() => this.snapshots.delete(key)); // those who asked are told
@@ -123,7 +135,7 @@ export class StatusEvents implements BeforeApplicationShutdown {
   private async takeSnapshot(filter: StatusFilter, key: string): Promise<StatusSnapshot> {
     for (;;) {
       if (this.closed) throw new AppError('unavailable', 'The server is shutting down.', { retryAfter: 1 });
-      const row = await this.inSequence<SnapshotRow>((query) => {
+      const row = await this.inSequence<SnapshotRow>('snapshots', (query) => {
         this.snapshots.delete(key);
         return query(SNAPSHOT, valuesOf(filter));
       });
@@ -132,14 +144,17 @@ export class StatusEvents implements BeforeApplicationShutdown {
     }
   }
 
-  /** One transaction at a time, of all processes; those of this process wait for each other without a connection. */
-  private inSequence<Row extends object>(work: Work<Row>): Promise<Row> {
-    const turn = this.turn.then(() =>
+  /**
+   * One transaction at a time, of all processes. Those of this process wait for each other without a connection, and no number for
+   * more than one snapshot: all streams wait for numbers, and anybody can ask for many different snapshots.
+   */
+  private inSequence<Row extends object>(lane: Lane, work: Work<Row>): Promise<Row> {
+    const turn = this.turns[lane].then(() =>
       exclusively(this.pool, LOCKS.sequence, (client) =>
         work(async (text, values) => (await client.query<Row>(text, values)).rows[0] as Row),
       ),
     );
-    this.turn = turn.catch(() => undefined); // its caller is told; the next one has its turn
+    this.turns[lane] = turn.catch(() => undefined); // its caller is told; the next one has its turn
     return turn;
   }
 
@@ -157,16 +172,29 @@ export class StatusEvents implements BeforeApplicationShutdown {
     const end = Math.min(after + READ_SPAN, this.head);
     const values = [...valuesOf(filter), after, end, READ_ROWS];
     try {
-      const { rows } = await retryWhileUnavailable(() => this.pool.query<StatusEvent>({ ...READ, values }), {
+      const found = await retryWhileUnavailable(() => this.readPiece(values, { isFar: end < this.head }), {
         signal,
         onRetry: (error) => this.logger.debug(error),
       });
-      const found = rows.map(changeOf);
-      return { found, end: rows.length < READ_ROWS ? end : (found.at(-1)?.sequence ?? end) };
+      return { found, end: found.length < READ_ROWS ? end : (found.at(-1)?.sequence ?? end) };
     } catch (error) {
       if (signal.aborted) return { found: [], end: after };
       throw error;
     }
+  }
+
+  /** What is far back takes many pieces, which wait for each other: the connections that executions need are not for it. */
+  private readPiece(values: unknown[], { isFar }: { isFar: boolean }): Promise<StatusChange[]> {
+    const key = JSON.stringify(values);
+    const known = this.pieces.get(key);
+    if (known) return known;
+    const statement = { ...READ, values };
+    const read = isFar
+      ? this.slowPool.query<StatusEvent>(statement)
+      : this.pool.query<StatusEvent>(statement);
+    const piece = read.then(({ rows }) => rows.map(changeOf)).finally(() => this.pieces.delete(key));
+    this.pieces.set(key, piece);
+    return piece;
   }
 
   /** Resolves true when there may be changes after `cursor`, and when `signal` aborts; false after `idleMs`. */
@@ -206,6 +234,7 @@ export class StatusEvents implements BeforeApplicationShutdown {
   }
 }
 
+type Lane = 'numbers' | 'snapshots';
 type Work<Row> = (query: (text: string, values?: unknown[]) => Promise<Row>) => Promise<Row>;
 
 /** As PostgreSQL says it: moments inside JSON and large numbers are text. */
@@ -220,6 +249,14 @@ interface SnapshotRow {
     started_at: string | null;
   })[];
   deployments: (Omit<SnapshotDeployment, 'last_executed_at'> & { last_executed_at: string | null })[] | null;
+}
+
+function tooManySnapshots(): AppError {
+  return new AppError(
+    'too_many_requests',
+    `${MOST_SNAPSHOTS} different snapshots are being made already; try again in a moment.`,
+    { retryAfter: 1 },
+  );
 }
 
 function snapshotOf(row: SnapshotRow): StatusSnapshot {
@@ -256,7 +293,7 @@ function passes(change: StatusChange, filter: StatusFilter): boolean {
 
 function valuesOf(filter: StatusFilter): unknown[] {
   const { deployment_name, environment, workflow_id, status, deployments = false } = filter;
-  return [deployment_name, environment, workflow_id, status, deployments];
+  return [deployment_name, environment, workflow_id, status && [...new Set(status)].toSorted(), deployments];
 }
 
 function changeOf(row: StatusEvent): StatusChange {

@@ -1,6 +1,8 @@
 import { randomUUID } from 'node:crypto';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { beforeAll, describe, expect, it } from '@jest/globals';
+import { beforeAll, describe, expect, it, jest } from '@jest/globals';
+import type { BatchAcceptedDto } from '../../src/batches/batches.dto.js';
+import { ExecutionEnds } from '../../src/executions/ends.js';
 import { BatchRoutes, byItem, faultsOfMerged, linesOf } from '../support/batches.js';
 import { saying } from '../support/deployments.js';
 import { rounds } from '../support/effort.js';
@@ -21,6 +23,36 @@ let deployment: string;
 
 beforeAll(async () => {
   deployment = await batches.studio.deploy({ agents: [ledger.agent('a', 6, 1)] });
+});
+
+it('a batch whose items take long to end holds up no other one', async () => {
+  const ends = server.app.get(ExecutionEnds);
+  const queries = queriesOf(3);
+  queries.forEach((query) => ledger.hold(query));
+  const body = { deployment_name: deployment, items: itemsOf(queries), concurrency: 1 };
+  const { batch_id } = (await batches.ask<BatchAcceptedDto>(body)).body;
+  await until(() => callsOf(queries).length === 1 || undefined);
+  let letGo: () => void = () => undefined;
+  const held = new Promise<void>((resolve) => (letGo = resolve));
+  const end = ends.end.bind(ends);
+  const spy = jest.spyOn(ends, 'end').mockImplementation(async (...args) => held.then(() => end(...args)));
+  try {
+    const cancelled = batches.cancel(batch_id);
+    await until(() => spy.mock.calls.length >= 2 || undefined);
+    const other = await batches.stream({
+      deployment_name: deployment,
+      items: itemsOf(queriesOf(3)),
+      concurrency: 1,
+    });
+    expect((await other.frames()).at(-1)?.chunk).toMatchObject({ status: 'completed' });
+    letGo();
+    expect(await cancelled).toMatchObject(CANCELLED);
+    // Each was ended once, and not again by each look at the batch meanwhile.
+    expect(spy.mock.calls).toHaveLength(2);
+  } finally {
+    letGo();
+    spy.mockRestore();
+  }
 });
 
 const CANCELLED = { status: 202, body: { status: 'cancelled' } };

@@ -1,6 +1,7 @@
-import { beforeAll, describe, expect, it } from '@jest/globals';
+import { beforeAll, describe, expect, it, jest } from '@jest/globals';
 import request from 'supertest';
 import { DeploymentsService } from '../../src/deployments/deployments.service.js';
+import { WorkflowsService } from '../../src/workflows/workflows.service.js';
 import { DeploymentRoutes, saying } from '../support/deployments.js';
 import type { Deployment } from '../support/deployments.js';
 import { failureOf } from '../support/models.js';
@@ -19,6 +20,30 @@ beforeAll(async () => {
 });
 
 describe('deploying', () => {
+  it('compiles outside of any transaction, and deploys what it compiled', async () => {
+    const workflows = server.app.get(WorkflowsService);
+    const workflow_id = await routes.createWorkflow();
+    const changed = { ...saying('changed meanwhile'), connections: [] };
+    const waiting: unknown[] = [];
+    const compile = jest.spyOn(workflows, 'compile').mockImplementationOnce(async (...args) => {
+      waiting.push(
+        await server.database.query(
+          `SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'`,
+        ),
+      );
+      await workflows.update(workflow_id, { configuration: changed });
+      return workflows.compile(...args);
+    });
+    try {
+      const deployment_name = routes.uniqueName();
+      await routes.deploy(workflow_id, { deployment_name }).expect(201);
+      expect(waiting).toEqual([[]]);
+      expect(await deployments.get(deployment_name)).toMatchObject({ configuration: changed });
+    } finally {
+      compile.mockRestore();
+    }
+  });
+
   it('answers with the whole deployment', async () => {
     const workflow_id = await routes.createWorkflow({ name: 'polite greeter' });
     const deployment_name = routes.uniqueName();

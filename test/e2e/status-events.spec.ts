@@ -1,5 +1,7 @@
 import { describe, expect, it } from '@jest/globals';
 import { Client } from 'pg';
+import { LOCKS } from '../../src/database/locks.js';
+import { StatusEvents } from '../../src/status-events/status-events.js';
 import type { StatusChange, StatusSnapshot } from '../../src/status-events/status-event.js';
 import { itInFull, rounds } from '../support/effort.js';
 import { StatusWatcher } from '../support/status-watcher.js';
@@ -337,4 +339,24 @@ it('the streams end in good order when the server shuts down', async () => {
   await until(() => watcher.messages[0]);
   await second.close();
   await until(() => watcher.ended || undefined);
+});
+
+it('different snapshots that wait are bounded; the same one is made once', async () => {
+  const events = server.app.get(StatusEvents);
+  const client = new Client({ connectionString: server.database.url });
+  await client.connect();
+  await client.query('SELECT pg_advisory_lock($1)', [LOCKS.sequence]);
+  const others = Array.from({ length: 199 }, (_, index) => ({ deployment_name: `none-${index}` }));
+  const same = [
+    { status: ['queued' as const, 'running' as const] },
+    { status: ['running' as const, 'queued' as const, 'running' as const] },
+  ];
+  const asked = [...others, ...same].map((filter) => events.begin(filter, undefined));
+  await expect(events.begin({ deployment_name: 'one-more' }, undefined)).rejects.toMatchObject({
+    code: 'too_many_requests',
+  });
+  await client.query('SELECT pg_advisory_unlock($1)', [LOCKS.sequence]);
+  await client.end();
+  const snapshots = await Promise.all(asked);
+  expect(snapshots.at(-1)).toBe(snapshots.at(-2));
 });

@@ -115,6 +115,18 @@ describe('a condition', () => {
     expect(faultIn(String.raw`output.matches("(a)\\1")`)).toContain('it has no lookahead');
     expect(faultIn('output.matches("(abcdefghijkl){1000}")')).toContain('repeats too much of itself');
     expect(faultIn('output.matches("((abcdefghijkl){10}){100}")')).toContain('repeats too much of itself');
+    // To compile them takes most of a second, in which nobody else comes by.
+    for (const [name, classes] of [
+      ['classes whose other cases are looked for', `(?i)[${'\\pL'.repeat(640)}]`],
+      ['what is not in a class', `(?i)[${'\\PL'.repeat(640)}]`],
+      ['ranges', `(?i)[${'B-\u{1e942}'.repeat(400)}]`],
+    ])
+      expect([name, faultIn(`output.matches(r"${classes}")`)]).toEqual([
+        name,
+        expect.stringContaining('too large'),
+      ]);
+    const written = Array.from({ length: 50 }, (_, index) => `output.matches(r"(\\pL{31}){31}${index}")`);
+    expect(faultIn(written.join('||'))).toContain('its regular expressions are too large together');
   });
 
   it('keeps a regular expression of JavaScript where it was accepted with it, and ends it in time', async () => {

@@ -42,6 +42,23 @@ describe('an llm agent', () => {
     ]);
   });
 
+  it('is not asked with more than 5,000,000 characters', async () => {
+    const models = new ScriptedModels({ join: says('done') });
+    const texts = ['a', 'b'].map((id) => template(id, '{{ variables.x }}{{ variables.x }}'));
+    const connections = [connect('a', 'join'), connect('b', 'join')];
+    const run = (length: number) =>
+      execute(compile([...texts, llm('join')], connections, { models }), {
+        models,
+        input: { variables: { x: 'x'.repeat(length) } },
+      });
+    expect(await run(1_249_000)).toMatchObject({ status: 'completed', response: 'done' });
+    expect(await run(1_251_000)).toMatchObject({
+      status: 'error',
+      error: { code: 'agent_error', message: expect.stringContaining('and may have 5000000') },
+    });
+    expect(models.requests).toHaveLength(1);
+  });
+
   it('asks without a system message when its prompt is empty', async () => {
     for (const system_prompt of [undefined, '', '{{ variables.none }}']) {
       const { request } = await ask(says('ok'), { system_prompt });

@@ -135,6 +135,21 @@ describe('a template', () => {
     expect(await template?.render({ ...scopeOf(), earlier })).toBe('qQ');
   });
 
+  it.each(['{{ query }}', '{{ query | upcase }}'])(
+    'waits while its run holds much that is not said yet: %s',
+    async (source) => {
+      const own = evaluations();
+      const letGo = own.hold(10_000_000);
+      let text: string | undefined;
+      const rendered = render(source, { evaluations: own, query: 'A' }).then((made) => (text = made));
+      for (let turn = 0; turn < 100; turn++) await new Promise((resolve) => setImmediate(resolve));
+      expect(text).toBeUndefined();
+      letGo();
+      await rendered;
+      expect(text).toBe('A');
+    },
+  );
+
   it('is refused when it is too long or nested too deeply', async () => {
     expect(faultIn('x'.repeat(100_001))).toContain('longer than 100000 characters');
     expect(await render('x'.repeat(100_000))).toHaveLength(100_000);

@@ -7,6 +7,8 @@ import { compileTemplate } from '../templates.js';
 import { toPointer } from '../validation.js';
 import { agentKind, type AgentContext, type Source } from './agent.js';
 
+/** What a model is asked with, in characters: more than any reads, and it is held and sent once for each agent. */
+const MAX_PROMPT_CHARS = 5_000_000;
 const DEFAULT_RETRIES = 2;
 const FIRST_DELAY_MS = 200;
 const LONGEST_DELAY_MS = 10_000;
@@ -52,10 +54,35 @@ export const llmAgent = agentKind(schema, function* (config, { pointer, models, 
   });
   return (
     prompt && {
-      run: async (context) => answer(prepare(config, await prompt.render(context), context), context),
+      async run(context) {
+        const systemPrompt = await prompt.render(context);
+        const length = refuseLongPrompt(systemPrompt, context);
+        const { evaluations } = context;
+        // Many may begin at the same moment, each with all that the agents before it said.
+        for (let wait = evaluations.room(); wait !== undefined; wait = evaluations.room()) await wait;
+        const letGo = evaluations.hold(length);
+        try {
+          await evaluations.turn();
+          return await answer(prepare(config, systemPrompt, context), context);
+        } finally {
+          letGo();
+        }
+      },
     }
   );
 });
+
+/** @returns its length */
+function refuseLongPrompt(systemPrompt: string, { chat_history, query, sources }: AgentContext): number {
+  const texts = [systemPrompt, query, ...sources.map(({ output }) => output ?? '')];
+  const said = [...texts, ...chat_history.map(({ content }) => content)];
+  const length = said.reduce((sum, text) => sum + text.length, 0);
+  if (length <= MAX_PROMPT_CHARS) return length;
+  throw new AppError(
+    'agent_error',
+    `The prompt of the agent, with the outputs of those before it, has ${length} characters, and may have ${MAX_PROMPT_CHARS}.`,
+  );
+}
 
 function prepare(config: LlmConfig, systemPrompt: string, context: AgentContext): Call {
   const { overrides } = context;

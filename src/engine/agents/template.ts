@@ -18,7 +18,12 @@ export const templateAgent = agentKind(
       template && {
         async run(context) {
           const text = await rendered(template, context);
-          if (text !== '') await context.emit(text);
+          const letGo = context.evaluations.hold(text.length);
+          try {
+            if (text !== '') await context.emit(text);
+          } finally {
+            letGo();
+          }
           return NO_USAGE;
         },
       }
