@@ -1,5 +1,5 @@
 import { afterAll, beforeAll, expect, it } from '@jest/globals';
-import { Chaos, PATIENCE_MS, describeChaos } from '../support/chaos.js';
+import { Chaos, PATIENCE_MS, START_MS, describeChaos } from '../support/chaos.js';
 import type { StackProcess } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import { whileLocked } from '../support/database.js';
@@ -17,8 +17,8 @@ let chaos: Chaos;
 beforeAll(async () => {
   // Its workers are killed in each round, and an execution of the first one may be met again and again.
   chaos = await Chaos.start({ env: { MAX_LOST_ATTEMPTS: '50' } });
-}, PATIENCE_MS);
-afterAll(() => chaos?.stop(), PATIENCE_MS);
+}, START_MS);
+afterAll(() => chaos?.stop(), START_MS);
 
 describeChaos('an execution that was accepted', () => {
   it(

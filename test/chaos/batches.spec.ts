@@ -2,7 +2,7 @@ import { afterAll, beforeAll, expect, it } from '@jest/globals';
 import { BatchClient } from '../support/batch-client.js';
 import { BatchRoutes, byItem, faultsOfMerged, linesOf } from '../support/batches.js';
 import { answerOf } from '../support/call-ledger.js';
-import { Chaos, PATIENCE_MS, describeChaos } from '../support/chaos.js';
+import { Chaos, PATIENCE_MS, START_MS, describeChaos } from '../support/chaos.js';
 import type { StackProcess } from '../support/chaos.js';
 import { expectByChance } from '../support/inconclusive.js';
 import { Random, SEED } from '../support/random.js';
@@ -22,8 +22,8 @@ beforeAll(async () => {
   // So many losses in a row are chance here, not a fault of the execution.
   chaos = await Chaos.start({ env: { MAX_LOST_ATTEMPTS: '50' } });
   deployment = await chaos.studio().deploy({ agents: [chaos.ledger.agent('a', PIECES, 30)] });
-}, PATIENCE_MS);
-afterAll(() => chaos?.stop(), PATIENCE_MS);
+}, START_MS);
+afterAll(() => chaos?.stop(), START_MS);
 
 const routes = (index: number) => new BatchRoutes(chaos.studio(index));
 const range = (count: number) => Array.from({ length: count }, (_, index) => index);

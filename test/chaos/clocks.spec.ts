@@ -1,5 +1,5 @@
 import { afterAll, beforeAll, expect, it } from '@jest/globals';
-import { Chaos, PATIENCE_MS, describeChaos } from '../support/chaos.js';
+import { Chaos, START_MS, describeChaos } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 
 const PIECES = 4;
@@ -15,8 +15,8 @@ beforeAll(async () => {
     env: { NODE_OPTIONS: `--import=${preload}`, MAX_LOST_ATTEMPTS: '50' },
   });
   deployment = await chaos.studio().deploy({ agents: [chaos.ledger.agent('a', PIECES, 10)] });
-}, PATIENCE_MS);
-afterAll(() => chaos?.stop(), PATIENCE_MS);
+}, START_MS);
+afterAll(() => chaos?.stop(), START_MS);
 
 describeChaos('workers whose clocks are wrong by an hour, some ahead and some behind', () => {
   it('take over what a killed one had, each time, and from no living one anything', async () => {

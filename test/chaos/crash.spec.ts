@@ -1,7 +1,7 @@
 import { afterAll, beforeAll, expect, it } from '@jest/globals';
 import type { Execution } from '../../src/database/entities/execution.entity.js';
 import type { ModelCall } from '../support/call-ledger.js';
-import { Chaos, PATIENCE_MS, describeChaos } from '../support/chaos.js';
+import { Chaos, PATIENCE_MS, START_MS, describeChaos } from '../support/chaos.js';
 import type { StackProcess } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import type { SpeakingAgent } from '../support/chaos-checks.js';
@@ -33,8 +33,8 @@ function withChaos(env: Record<string, string>): void {
   beforeAll(async () => {
     chaos = await Chaos.start({ env });
     await deployAll();
-  }, PATIENCE_MS);
-  afterAll(() => chaos?.stop(), PATIENCE_MS);
+  }, START_MS);
+  afterAll(() => chaos?.stop(), START_MS);
 }
 
 async function deployAll(): Promise<void> {

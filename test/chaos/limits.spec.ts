@@ -1,5 +1,5 @@
 import { afterAll, beforeAll, expect, it } from '@jest/globals';
-import { Chaos, PATIENCE_MS, describeChaos } from '../support/chaos.js';
+import { Chaos, PATIENCE_MS, START_MS, describeChaos } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import type { ClientRun } from '../support/chaos-clients.js';
 import { until } from '../support/studio.js';
@@ -12,8 +12,8 @@ let chaos: Chaos;
 
 beforeAll(async () => {
   chaos = await Chaos.start({ env: { MAX_QUEUED: String(MAX_QUEUED) } });
-}, PATIENCE_MS);
-afterAll(() => chaos?.stop(), PATIENCE_MS);
+}, START_MS);
+afterAll(() => chaos?.stop(), START_MS);
 
 /** A deployment of its own with this limit; the most calls at once are counted anew. */
 async function deploy(max_concurrency: number): Promise<string> {
@@ -157,14 +157,14 @@ describeChaos('MAX_QUEUED', () => {
       const held = await acceptHeld(deployment, 'full');
       await ledger.call(held.marker);
       const answers = await Promise.all(
-        Array.from({ length: 2 * MAX_QUEUED }, (_, index) => ask(deployment, index)),
+        Array.from({ length: 3 * MAX_QUEUED }, (_, index) => ask(deployment, index)),
       );
       const accepted = answers.filter(({ status }) => status === 202);
       const refused = answers.filter(({ status }) => status === 429);
       expect(accepted.length + refused.length).toBe(answers.length);
-      // Each process adds what it accepted itself to what it last counted.
+      // Each of the two processes adds what it accepted itself to what it last counted.
       expect(accepted.length).toBeGreaterThanOrEqual(MAX_QUEUED - 1);
-      expect(accepted.length).toBeLessThan(2 * MAX_QUEUED);
+      expect(accepted.length).toBeLessThanOrEqual(2 * MAX_QUEUED);
       await until(async () => (await ask(deployment)).status === 429);
       for (const { body, headers } of refused) {
         expect(body).toMatchObject({ status: 429, code: 'queue_full' });

@@ -2,7 +2,7 @@ import { randomUUID } from 'node:crypto';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
 import { answerOf } from '../support/call-ledger.js';
-import { Chaos, PATIENCE_MS } from '../support/chaos.js';
+import { Chaos, START_MS } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import { each } from '../support/each.js';
 import { rounds } from '../support/effort.js';
@@ -12,7 +12,7 @@ import { Studio, faultsOfStream, textOf, until } from '../support/studio.js';
 import type { EventStream, Frame } from '../support/studio.js';
 import { Yardstick } from '../support/yardstick.js';
 
-const STREAMS = rounds(240, 60);
+const STREAMS = rounds(120, 60);
 const AT_ONCE = 8;
 const CHUNKS = 200;
 const SAME = 100;
@@ -23,8 +23,8 @@ let chaos: Chaos;
 
 beforeAll(async () => {
   chaos = await Chaos.start({ nginx: true });
-}, PATIENCE_MS);
-afterAll(() => chaos?.stop(), PATIENCE_MS);
+}, START_MS);
+afterAll(() => chaos?.stop(), START_MS);
 
 const one = (pieces: number, pauseMs: number) => ({ agents: [chaos.ledger.agent('a', pieces, pauseMs)] });
 const api = (index: number) => chaos.studio(index);
@@ -45,7 +45,7 @@ const rowOf = async (id: string) => (await chaos.rows([id]))[0];
 const withNginx = NGINX || process.env.CI ? describe : describe.skip;
 
 withNginx(`through nginx and several processes${NGINX ? '' : ': nginx is not installed'}`, () => {
-  it('each of 240 streams begins with its first chunk, and is whole', async () => {
+  it(`each of ${STREAMS} streams begins with its first chunk, and is whole`, async () => {
     await chaos.reporting(async () => {
       const deployment = await api(0).deploy(one(3, 0));
       const faults: string[] = [];
@@ -157,7 +157,7 @@ withNginx('a cancellation at a process that has nothing to do with the execution
   it('closes the connection of the model within a second, and keeps the text so far', async () => {
     await chaos.reporting(async () => {
       const deployment = await api(0).deploy(one(20, 5));
-      for (let round = 0; round < rounds(8, 3); round++) {
+      for (let round = 0; round < rounds(5, 3); round++) {
         const yardstick = await Yardstick.lay(chaos.stack.databaseUrl);
         const marker = chaos.marker('cancelled');
         chaos.ledger.hold(marker);
@@ -186,7 +186,7 @@ withNginx('a cancellation at a process that has nothing to do with the execution
         .slice(1)
         .map((id, index) => ({ source_agent_id: ids[index], target_agent_id: id }));
       const deployment = await api(0).deploy({ agents, connections });
-      for (let round = 0; round < rounds(8, 3); round++) {
+      for (let round = 0; round < rounds(5, 3); round++) {
         const marker = chaos.marker('chain');
         const stream = await api(0).stream({ deployment_name: deployment, query: marker });
         const calls = chaos.random.int(1, 11);
@@ -228,7 +228,7 @@ withNginx('a cancellation at a process that has nothing to do with the execution
       const outcomes = { 202: 0, 409: 0 };
       // Later after each run that was slower, earlier after each that was faster, so that both keep happening.
       let delay = 10;
-      for (let round = 0; round < rounds(60, 20); round++) {
+      for (let round = 0; round < rounds(40, 20); round++) {
         const stream = await api(0).stream({ deployment_name: deployment, query: chaos.marker('race') });
         const id = stream.executionId;
         if (delay > 0) await sleep(delay);

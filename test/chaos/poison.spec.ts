@@ -1,5 +1,5 @@
 import { afterAll, beforeAll, expect, it } from '@jest/globals';
-import { Chaos, PATIENCE_MS, describeChaos } from '../support/chaos.js';
+import { Chaos, PATIENCE_MS, START_MS, describeChaos } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import { faultsOfStream, until } from '../support/studio.js';
 
@@ -14,8 +14,8 @@ let deployment: string;
 beforeAll(async () => {
   chaos = await Chaos.start({ api: 1, env: { MAX_LOST_ATTEMPTS: String(MOST_LOSSES) } });
   deployment = await chaos.studio().deploy({ agents: [chaos.ledger.agent('a', PIECES, 10)] });
-}, PATIENCE_MS);
-afterAll(() => chaos?.stop(), PATIENCE_MS);
+}, START_MS);
+afterAll(() => chaos?.stop(), START_MS);
 
 const speakers = () => [{ agent_id: 'a', pieces: PIECES }];
 

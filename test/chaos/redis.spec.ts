@@ -1,7 +1,7 @@
 import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { afterAll, beforeAll, it } from '@jest/globals';
-import { Chaos, PATIENCE_MS, describeChaos } from '../support/chaos.js';
+import { Chaos, PATIENCE_MS, START_MS, describeChaos } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import type { ClientRun } from '../support/chaos-clients.js';
 
@@ -19,8 +19,8 @@ beforeAll(async () => {
   const agents = [chaos.ledger.agent('a', PIECES, 10)];
   deployment = await chaos.studio().deploy({ agents });
   limited = await chaos.studio().deploy({ agents }, { max_concurrency: 1 });
-}, PATIENCE_MS);
-afterAll(() => chaos?.stop(), PATIENCE_MS);
+}, START_MS);
+afterAll(() => chaos?.stop(), START_MS);
 
 /** Some that run, some that wait for a worker, and some that wait for their deployment; all are held where they call a model. */
 async function acceptSome(): Promise<ClientRun[]> {

@@ -1,7 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 import { afterAll, beforeAll, beforeEach, expect, it } from '@jest/globals';
 import { BatchRoutes, byItem, faultsOfMerged, linesOf } from '../support/batches.js';
-import { Chaos, LOCK_MS, PATIENCE_MS, describeChaos } from '../support/chaos.js';
+import { Chaos, LOCK_MS, PATIENCE_MS, START_MS, describeChaos } from '../support/chaos.js';
 import type { StackProcess } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import { Studio, faultsOfStream, textOf, until } from '../support/studio.js';
@@ -20,8 +20,8 @@ beforeAll(async () => {
   chaos = await Chaos.start();
   deployment = await chaos.studio().deploy({ agents: [chaos.ledger.agent('a', PIECES, 10)] });
   tagged = await chaos.studio().deploy({ agents: [chaos.ledger.agent('tagged', PIECES, 10)] });
-}, PATIENCE_MS);
-afterAll(() => chaos?.stop(), PATIENCE_MS);
+}, START_MS);
+afterAll(() => chaos?.stop(), START_MS);
 beforeEach(
   async () => void (await Promise.all(chaos.stack.workers.map((worker) => worker.start()))),
   PATIENCE_MS,

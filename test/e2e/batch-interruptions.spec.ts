@@ -170,12 +170,12 @@ describe('cancelling a batch', () => {
 
   it('that races its end is either kept or refused, and there is one end', async () => {
     const deployment = await batches.studio.deploy(saying('done'));
-    const NEEDED = rounds(5, 1);
+    const NEEDED = rounds(3, 1);
     const outcomes = { 202: 0, 409: 0 };
     // Cancels earlier after each batch that was faster and later after each that was not, so that both keep happening.
     let delay = 15;
     const enough = () => outcomes[202] >= NEEDED && outcomes[409] >= NEEDED;
-    for (let round = 0; round < rounds(25, 4) || (round < 150 && !enough()); round++) {
+    for (let round = 0; round < rounds(12, 4) || (round < 150 && !enough()); round++) {
       const items = itemsOf(queriesOf(3));
       const stream = await batches.stream({ deployment_name: deployment, items });
       const reading: Promise<Frame[]> = stream.frames();

@@ -110,10 +110,15 @@ describe('max_concurrency of the deployment', () => {
   it.each([1, 3])('of %d holds for the items of batches, whatever concurrency they ask for', async (most) => {
     const limited = await deploy({ max_concurrency: most }, 20);
     const [some, others] = [queriesOf(8), queriesOf(8)];
+    const firstOnes = some.slice(0, most);
+    firstOnes.forEach((query) => ledger.hold(query));
     const accepted = [
       await first.accept({ deployment_name: limited, items: itemsOf(some), concurrency: 4 }),
       await second.accept({ deployment_name: limited, items: itemsOf(others) }),
     ];
+    // As many as there are places are under way at once.
+    await until(() => callsOf(firstOnes).length === most || undefined);
+    firstOnes.forEach((query) => ledger.letGo(query));
     for (const { batch_id } of accepted) {
       expect(await untilEnded(batch_id)).toMatchObject({ counts: { completed: 8 } });
     }
@@ -240,7 +245,7 @@ describe('on_item_error', () => {
     const queries = queriesOf(6);
     const [running = '', ...others] = queries;
     ledger.hold(running);
-    const items = [{ query: running, runtime_overrides: { timeout: 1 } }, ...itemsOf(others)];
+    const items = [{ query: running, runtime_overrides: { timeout: 4 } }, ...itemsOf(others)];
     const { batch_id } = await first.accept({
       deployment_name: deployment,
       items,

@@ -249,7 +249,7 @@ describe('the merged log', () => {
     async (_name, isMerged) => {
       const template = `{% for i in (1..200) %}${'x'.repeat(500)}{% endfor %}`;
       const long = await batches.studio.deploy(saying(template));
-      const { batch_id } = await batches.accept({ deployment_name: long, items: itemsOf(queriesOf(200)) });
+      const { batch_id } = await batches.accept({ deployment_name: long, items: itemsOf(queriesOf(100)) });
       await until(async () => (await batches.get(batch_id, '')).status === 'completed' || undefined);
       if (isMerged) await batches.whole(batch_id);
       const reader = await SlowReader.open(`${api.url}/api/batches/${batch_id}/stream`);

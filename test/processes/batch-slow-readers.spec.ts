@@ -15,12 +15,12 @@ const MIB = 1024 * 1024;
 const READERS = 30;
 /** What one reader is sent in all is far more than what fits into the buffers on its way. */
 const ITEMS = 10;
-const DELTAS = 500;
+const DELTAS = 250;
 const DELTA_BYTES = 4096;
 /** This long is what is tested, and no wait for anything. */
 const STALL_MS = 4000;
 const SAMPLE_MS = 2000;
-/** What the stalled readers may make the server hold; if all that they have not read waited for them, it were 600 MB. */
+/** What the stalled readers may make the server hold; if all that they have not read waited for them, it were 300 MB. */
 const MOST_HELD = 64 * MIB;
 const MOST_RESIDENT = 96 * MIB;
 

@@ -13,7 +13,7 @@ const NOISY = 5;
 const CALM_EXECUTIONS = 20;
 /** An execution that takes so long is given up, ms. */
 const GIVE_UP_MS = 60_000;
-/** How often an attack may be repeated: what else the machine does can only lengthen what is measured, so the best of some tells most. */
+/** How often an attack may be repeated: what else the machine does can only lengthen what is measured. */
 const MOST_TRIES = 3;
 
 /** What another client met during some time. */
@@ -37,7 +37,8 @@ export interface Witness<Outcome> {
 
 /**
  * Lets another client execute one thing after the other at `server`: first alone, then while `attack` is under way, and
- * until one more has ended after it. An attack that seems to have harmed it is repeated, and the last one counts. Take {@link expectUnharmed} to judge what it met:
+ * until one more has ended after it. Where the attack seems to have harmed it, it is witnessed alone once more, since the machine may have
+ * become slower, and the attack is repeated; the last one counts. Take {@link expectUnharmed} to judge what it met:
  *
  *     const server = await ServerProcess.start({ DATABASE_URL: database.url });
  *     const witness = await withBystander(server, () => studio.execute(hostile));
@@ -63,16 +64,29 @@ async function witnessBoth<Outcome>(
   run: () => Promise<string | undefined>,
   attack: () => Promise<Outcome>,
 ): Promise<Witness<Outcome>> {
-  const { witnessed: calm } = await witness(server, run, async (another) => {
-    for (let executions = 0; executions < CALM_EXECUTIONS; executions++) await another();
-  });
+  const calm = await witnessCalm(server, run);
   const { witnessed: attacked, result } = await witness(server, run, async (another) => {
     const outcome = await attack();
     await another(); // was under way already, perhaps at its end
     await another();
     return outcome;
   });
-  return { calm, attacked, outcome: result };
+  const found = { calm, attacked, outcome: result };
+  if (attacked.faults.length > 0 || harmsOf(found).length === 0) return found;
+  const after = await witnessCalm(server, run);
+  const slowest = Math.max(calm.slowest, after.slowest);
+  const silence = Math.max(calm.silence, after.silence);
+  return { ...found, calm: { ...calm, slowest, silence } };
+}
+
+async function witnessCalm(
+  server: ServerProcess,
+  run: () => Promise<string | undefined>,
+): Promise<Witnessed> {
+  const { witnessed } = await witness(server, run, async (another) => {
+    for (let executions = 0; executions < CALM_EXECUTIONS; executions++) await another();
+  });
+  return witnessed;
 }
 
 /** Fails if the bystander was harmed; inconclusive where the machine was too busy to tell. */

@@ -21,6 +21,8 @@ export const QUEUE: 'postgres' | 'redis' = globalThis.CHAOS_QUEUE ?? 'postgres';
 export const LOCK_MS = 1000;
 /** Only ends a test that hangs. */
 export const PATIENCE_MS = 60_000;
+/** The start of its processes, on a machine that is busy. */
+export const START_MS = 180_000;
 /** The same for a whole test; Jest's own limit, which reports nothing, has to be longer. */
 const HANG_MS = 110_000;
 

@@ -7,7 +7,7 @@ import type { AddressInfo } from 'node:net';
 import type { Duplex } from 'node:stream';
 import { setImmediate as nextTurn } from 'node:timers/promises';
 
-const PROGRAM_TIMEOUT_MS = 50_000;
+const PROGRAM_TIMEOUT_MS = 110_000;
 
 /** A request as it is sent on. */
 export interface ForwardedRequest {

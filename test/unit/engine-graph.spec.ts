@@ -15,7 +15,7 @@ import {
 
 const models = new ScriptedModels();
 /** How many faults a hostile body has. */
-const MANY = rounds(300_000, 30_000);
+const MANY = rounds(100_000, 30_000);
 const big = { maxAgents: 10_000, maxConnections: 100_000 };
 
 function faultsIn(configuration: unknown, limits = LIMITS) {

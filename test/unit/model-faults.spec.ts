@@ -16,7 +16,7 @@ import type { ProviderType } from '../support/models.js';
 import { chatDelta, chatEnd, chatEvent, messageEvent, writeStream } from '../support/upstream.js';
 
 /** Reached by an upstream that says nothing at all. */
-const SILENT_MS = 50;
+const SILENT_MS = 500;
 /** Reached by an upstream that stops in the middle, and long enough for what it says before. */
 const STOPPED_MS = 500;
 

@@ -121,7 +121,7 @@ describe('a request', () => {
 
   it('gives others their turn while its list is checked', async () => {
     const chat_history = times(1000, { actor: 'user', content: 'x' });
-    const length = rounds(20, 5);
+    const length = rounds(20, 12);
     const items = times(length, { query: 'x', chat_history });
     let turns = 0;
     let isOver = false;
