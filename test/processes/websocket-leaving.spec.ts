@@ -21,6 +21,8 @@ const WAVES = 3;
 const HALF_WAVE = 25;
 /** Long enough for the server to be at something else by then; a peer may take three times as long. */
 const PONG_DELAY_MS = 30;
+/** How long what a client does not read may take to fill the buffers on its way. */
+const FILLED_MS = 3000;
 /** More than two beats. */
 const HELD_UP_MS = 2200;
 /** Timers and sockets that the pools, the queue and the notifications open and close by themselves. */
@@ -134,6 +136,7 @@ describe('of a client that leaves nothing is kept', () => {
   it('with a reset (RST), in the middle of a stream that it does not read', async () => {
     const client = await inTheMiddle('flood');
     client.socket.pause();
+    await sleep(FILLED_MS); // counting holds the server up, and with it what fills the buffers on the way
     await untilOpen({ sockets: 1, subscriptions: 1, readers: 0 });
     client.reset();
     await untilOpen(NOTHING);
