@@ -163,6 +163,7 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
   /** What can take long is not waited for: a Redis that is away, and the ends of one batch's items, would hold up all others. */
   private async advanceAll(asked: string[]): Promise<void[]> {
     const batchIds = [...new Set(asked)].filter((batchId) => !this.stopping.has(batchId));
+    if (batchIds.length === 0) return asked.map(() => undefined);
     const { stopped, released, finished } = await exclusively(this.pool, LOCKS.batch, (client) =>
       this.advanceOnce(client, batchIds),
     );
@@ -205,11 +206,12 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
     this.running.cancel(begun.map(({ execution_id }) => execution_id));
     if (unbegun.length === 0) return;
     const end = async () => {
-      try {
-        await Promise.all(unbegun.map((item) => this.ends.end(item, { status: 'cancelled' })));
-      } finally {
-        this.stopping.delete(batchId);
-      }
+      const ended = await Promise.allSettled(
+        unbegun.map((item) => this.ends.end(item, { status: 'cancelled' })),
+      );
+      this.stopping.delete(batchId);
+      const failed = ended.find((each) => each.status === 'rejected');
+      if (failed) throw failed.reason;
       await this.rounds.add(batchId);
     };
     // What fails is met again when a worker looks next.
@@ -221,7 +223,7 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
 
   private async look(): Promise<void> {
     const { rows } = await this.pool.query<{ batch_id: string }>(DUE);
-    await Promise.all(rows.map(({ batch_id }) => this.advance(batch_id)));
+    await Promise.all(rows.map(({ batch_id }) => this.rounds.add(batch_id)));
   }
 
   private report(error: unknown): void {

@@ -51,6 +51,8 @@ interface KeptRevision {
 type RevisionRow = Pick<DeploymentRevision, 'configuration' | 'runtime_config'>;
 
 const DEFAULT_ENVIRONMENT = 'production';
+/** How often a workflow may change while it is compiled. */
+const MOST_TRIES = 5;
 /** Compiled graphs that are kept, and characters of their definitions: what is compiled may take a hundred times as much. */
 const MOST_REVISIONS = 500;
 const MOST_CHARACTERS = 4 * 1024 * 1024;
@@ -133,7 +135,8 @@ export class DeploymentsService {
 
   /**
    * Deploys the workflow as it is now, in a transaction of its own or inside that of `manager`. Rejects with
-   * `workflow_not_found`, `workflow_inactive`, `workflow_invalid` (its models may have gone) or `deployment_exists`.
+   * `workflow_not_found`, `workflow_inactive`, `workflow_invalid` (its models may have gone), `deployment_exists`, or
+   * `unavailable` where the workflow changes all the time.
    */
   async deploy(
     workflowId: string,
@@ -141,7 +144,7 @@ export class DeploymentsService {
     manager: EntityManager = this.dataSource.manager,
   ): Promise<DeploymentDto> {
     if (!isUuid(workflowId)) throw workflowNotFound(workflowId);
-    for (;;) {
+    for (let tries = 0; tries < MOST_TRIES; tries++) {
       // Compiling can take seconds, in which no transaction waits.
       const workflow = await findWorkflow(workflowId, manager);
       await this.workflows.compile(workflow.configuration, { stored: true });
@@ -153,6 +156,13 @@ export class DeploymentsService {
       });
       if (deployed) return present(deployed);
     }
+    throw new AppError(
+      'unavailable',
+      'The workflow is being changed again and again; try again in a moment.',
+      {
+        retryAfter: 1,
+      },
+    );
   }
 
   async list({ environment, status, limit, cursor }: ListDeploymentsDto): Promise<DeploymentPageDto> {

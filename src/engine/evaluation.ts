@@ -54,7 +54,7 @@ export abstract class Evaluator {
   abstract countInline(): void;
 }
 
-/** UTF-16 code units of the texts that the agents of one execution hold at once, about: one more may be made before it is full. */
+/** UTF-16 code units of the texts that the agents of one execution hold at once, about: what is made in one turn may come on top. */
 const MOST_HELD = 10_000_000;
 
 /** The evaluations of one execution: one at a time in a thread, all of them within one budget. */
@@ -102,13 +102,25 @@ export class Evaluations {
    * in words for a client when the evaluation fails.
    */
   inThread(make: () => EvaluationTask): Promise<string | boolean> {
-    const result = this.last.then(() => this.evaluate(make));
+    return this.inTurn(() => this.evaluate(make));
+  }
+
+  /** The same for a text, which waits for room. What needs none has its turn meanwhile. */
+  async textInThread(make: () => EvaluationTask): Promise<string> {
+    for (;;) {
+      for (let room = this.room(); room !== undefined; room = this.room()) await room;
+      const text = await this.inTurn(async () => (this.held < MOST_HELD ? this.evaluate(make) : undefined));
+      if (text !== undefined) return String(text);
+    }
+  }
+
+  private inTurn<Result>(work: () => Promise<Result>): Promise<Result> {
+    const result = this.last.then(work);
     this.last = result.catch(() => undefined);
     return result;
   }
 
   private async evaluate(make: () => EvaluationTask): Promise<string | boolean> {
-    for (let room = this.room(); room !== undefined; room = this.room()) await room;
     const { spent_ms, signal, evaluator } = this;
     if (spent_ms >= evaluator.budget_ms) {
       throw new AppError(

@@ -254,8 +254,9 @@ function prepare(root: ASTNode, stored: boolean): void {
       if (isAggregate(next.value)) level += 1;
       if (level > MAX_NESTED_AGGREGATES) throw new Error('its lists, maps and macros are nested too deeply');
       refuseGrowth(next.value);
-      patterns += weightOfPattern(next.value);
-      if (patterns > MAX_PATTERNS_WEIGHT) throw new Error('its regular expressions are too large together');
+      // What was accepted earlier is kept.
+      if (!stored) patterns += weightOfPattern(next.value);
+      if (patterns > MAX_PATTERNS_WEIGHT) throw new Error('its regular expressions take too long to compile');
       prepareCall(next.value, stored);
     }
     const children = isNode(next.value) ? next.value.args : next.value;

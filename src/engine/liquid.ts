@@ -22,6 +22,7 @@ import {
 import type { Pieces } from './turns.js';
 
 const MAX_TEMPLATE_CHARS = 100_000;
+/** Most tags and outputs of a template, and most lines of a tag `liquid`: what a tag encloses is read at once, 10 µs for each. */
 const MAX_TAGS = 10_000;
 /** So many tags, outputs and texts between them are parsed at once: about a millisecond. */
 const PIECE_TOKENS = 100;
@@ -65,9 +66,11 @@ function toQueue(tokens: readonly TopLevelToken[]): TokenQueue {
   return queue;
 }
 
+/** Tags get the queue and take from it; only `layout`, which there is not here, would read it as a list. */
 class QueueParser extends Parser {
   /** Of the tag `liquid`, which has tokens of its own. */
   override parseTokens(tokens: TopLevelToken[]): ParsedTemplate[] {
+    if (tokens.length > MAX_TAGS) throw new Error(`a tag has more than ${MAX_TAGS} lines`);
     return super.parseTokens(toQueue(tokens));
   }
 }

@@ -5,19 +5,20 @@ import { EvaluationLimitError } from './bounds.js';
 const MAX_PATTERN_CHARS = 2000;
 /** Most instructions of a compiled one: each of them may look at each character of a text. */
 const MAX_PROGRAM = 10_000;
-/** What all that stand in one condition may weigh together: to compile as much takes some 50 ms. */
+/** What all that stand in one condition may weigh together, see {@link weighPattern}: to compile as much takes some 50 ms. */
 export const MAX_PATTERNS_WEIGHT = 20_000;
 /** Instructions that compile in the time of one class of Unicode. */
 const CLASS_WEIGHT = 100;
-/** The same of a range of which the other case of each character is looked for. */
-const FOLDED_WEIGHT = 1000;
-/** Its ranges are short. */
-const IS_ASCII_CLASS = /^(?:[\x20-\x5b\x5d-\x7e]|\\[^x])*$/;
+/** Characters of a range of which the other cases are found in the time of one instruction; after the last one none has another. */
+const FOLDED_AT_ONCE = 100;
+const LAST_WITH_CASES = 0x1e943;
+/** A range of a class: its first and its last character, each as it is or as `\x{…}`, `\x..`. */
+const RANGES = /(\\x\{[\da-f]+\}|\\x[\da-f]{2}|\\.|[^\\])-(\\x\{[\da-f]+\}|\\x[\da-f]{2}|\\.|[^\\])/gisu;
 /** Compiled ones that are kept. */
 const MAX_KEPT = 100;
 
 /** Parts of a regular expression: an escape, a class, a repetition with its bounds, a bracket, anything else. */
-const PARTS = /\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+)(?:,(\d*))?\}|[()]|./gsu;
+const PARTS = /\\.|\[\^?\]?(?:\[:\^?\w+:\]|\\.|[^\]\\])*\]|\{(\d+)(?:,(\d*))?\}|[()]|./gsu;
 
 /** Whether a text matches somewhere. */
 export interface Pattern {
@@ -49,7 +50,6 @@ function compile(source: string): Pattern {
     );
   }
   refuseProgram(estimateProgram(source), source);
-  refuseProgram(weighPattern(source), source);
   try {
     const pattern = RE2JS.compile(source);
     refuseProgram(pattern.programSize(), source);
@@ -77,17 +77,27 @@ function refuseProgram(size: number, source: string): void {
   );
 }
 
-/** How much work it is to compile one, in instructions. */
+/** How much work it is to compile one, in instructions: classes of Unicode, and ranges whose other cases are looked for, take most. */
 export function weighPattern(source: string): number {
   const foldsCases = /\(\?[a-zA-Z]*i/.test(source);
   const classes = source.match(/\\[pP]/g)?.length ?? 0;
-  let weight = estimateProgram(source) + classes * CLASS_WEIGHT * (foldsCases ? 2 : 1);
-  if (!foldsCases) return weight;
+  const weight = estimateProgram(source) + classes * CLASS_WEIGHT * (foldsCases ? 2 : 1);
+  return foldsCases ? weight + weighRanges(source) : weight;
+}
+
+function weighRanges(source: string): number {
+  let characters = 0;
   for (const [part] of source.matchAll(PARTS)) {
-    if (part.startsWith('[') && !IS_ASCII_CLASS.test(part))
-      weight += (part.split('-').length - 1) * FOLDED_WEIGHT;
+    if (!part.startsWith('[')) continue;
+    for (const [, first = '', last = ''] of part.matchAll(RANGES))
+      characters += Math.max(0, Math.min(codePointOf(last), LAST_WITH_CASES) - codePointOf(first));
   }
-  return weight;
+  return characters / FOLDED_AT_ONCE;
+}
+
+function codePointOf(character: string): number {
+  const [, hexadecimal] = /^\\x\{?([\da-f]+)/i.exec(character) ?? [];
+  return hexadecimal === undefined ? (character.codePointAt(0) ?? 0) : Number.parseInt(hexadecimal, 16);
 }
 
 /** How many instructions it becomes, about: repetitions are written out, and that alone could take seconds. */

@@ -85,7 +85,7 @@ export class Template {
 
   private async renderInThread(scope: TemplateScope): Promise<string> {
     try {
-      return String(await scope.evaluations.inThread(() => this.toTask(scope)));
+      return await scope.evaluations.textInThread(() => this.toTask(scope));
     } catch (error) {
       throw failed(error);
     }

@@ -3,7 +3,7 @@ import { setImmediate as nextTurn } from 'node:timers/promises';
 /** After so much work in one turn of the event loop, ms, the rest waits for the next one, so that others come by. */
 const TURN_MS = 10;
 
-/** Work that is done piece by piece, each of a few milliseconds at most, and its result. */
+/** Work that is done piece by piece, between which others may come by, and its result. */
 export type Pieces<Result> = Generator<void, Result>;
 
 export function atOnce<Result>(pieces: Pieces<Result>): Result {

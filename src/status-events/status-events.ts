@@ -7,6 +7,7 @@ import { AppError } from '../errors.js';
 import { LOCKS } from '../database/locks.js';
 import { SlowPool } from '../database/slow-pool.js';
 import { isUnavailable, retryWhileUnavailable } from '../database/unavailable.js';
+import { Metrics } from '../metrics.js';
 import { Repeat } from '../repeat.js';
 import { IS_KEPT, LOOK, NUMBERED_AT_ONCE, NUMBER_PENDING, READ, SNAPSHOT } from './statements.js';
 import { fitIntoLine } from './status-event.js';
@@ -56,7 +57,9 @@ export class StatusEvents implements BeforeApplicationShutdown {
   private readonly turns: Record<Lane, Promise<unknown>> = {
     numbers: Promise.resolve(),
     snapshots: Promise.resolve(),
+    far: Promise.resolve(),
   };
+  private waitingSnapshots = 0;
   /** Pieces of the table that are being read: who wants the same shares it. */
   private readonly pieces = new Map<string, Promise<StatusChange[]>>();
   private closed = false;
@@ -64,6 +67,7 @@ export class StatusEvents implements BeforeApplicationShutdown {
   constructor(
     private readonly pool: Pool,
     private readonly slowPool: SlowPool,
+    private readonly metrics: Metrics,
   ) {}
 
   /** Ends every reader, those to come included. */
@@ -124,10 +128,16 @@ export class StatusEvents implements BeforeApplicationShutdown {
     const key = JSON.stringify(valuesOf(filter));
     const waiting = this.snapshots.get(key);
     if (waiting) return waiting;
-    if (this.snapshots.size >= MOST_SNAPSHOTS) throw tooManySnapshots();
-    const snapshot = this.takeSnapshot(filter, key);
+    if (this.waitingSnapshots >= MOST_SNAPSHOTS) {
+      this.metrics.refusedSlowRequests.inc();
+      throw tooManySnapshots();
+    }
+    this.waitingSnapshots++;
+    const snapshot = this.takeSnapshot(filter, key).finally(() => {
+      this.waitingSnapshots--;
+      if (this.snapshots.get(key) === snapshot) this.snapshots.delete(key);
+    });
     this.snapshots.set(key, snapshot);
-    snapshot.catch(() => this.snapshots.delete(key)); // those who asked are told
     return snapshot;
   }
 
@@ -149,11 +159,15 @@ export class StatusEvents implements BeforeApplicationShutdown {
    * more than one snapshot: all streams wait for numbers, and anybody can ask for many different snapshots.
    */
   private inSequence<Row extends object>(lane: Lane, work: Work<Row>): Promise<Row> {
-    const turn = this.turns[lane].then(() =>
+    return this.inTurn(lane, () =>
       exclusively(this.pool, LOCKS.sequence, (client) =>
         work(async (text, values) => (await client.query<Row>(text, values)).rows[0] as Row),
       ),
     );
+  }
+
+  private inTurn<Result>(lane: Lane, work: () => Promise<Result>): Promise<Result> {
+    const turn = this.turns[lane].then(work);
     this.turns[lane] = turn.catch(() => undefined); // its caller is told; the next one has its turn
     return turn;
   }
@@ -183,16 +197,23 @@ export class StatusEvents implements BeforeApplicationShutdown {
     }
   }
 
-  /** What is far back takes many pieces, which wait for each other: the connections that executions need are not for it. */
+  /**
+   * What is far back takes many pieces, of all who come back after an outage, say. They wait for each other here: the connections that
+   * executions need are not for them, and of those for what may take long they have one.
+   */
   private readPiece(values: unknown[], { isFar }: { isFar: boolean }): Promise<StatusChange[]> {
     const key = JSON.stringify(values);
     const known = this.pieces.get(key);
     if (known) return known;
     const statement = { ...READ, values };
-    const read = isFar
-      ? this.slowPool.query<StatusEvent>(statement)
-      : this.pool.query<StatusEvent>(statement);
-    const piece = read.then(({ rows }) => rows.map(changeOf)).finally(() => this.pieces.delete(key));
+    const read = async () => {
+      if (this.closed) return [];
+      const { rows } = isFar
+        ? await this.slowPool.query<StatusEvent>(statement)
+        : await this.pool.query<StatusEvent>(statement);
+      return rows.map(changeOf);
+    };
+    const piece = (isFar ? this.inTurn('far', read) : read()).finally(() => this.pieces.delete(key));
     this.pieces.set(key, piece);
     return piece;
   }
@@ -234,7 +255,7 @@ export class StatusEvents implements BeforeApplicationShutdown {
   }
 }
 
-type Lane = 'numbers' | 'snapshots';
+type Lane = 'numbers' | 'snapshots' | 'far';
 type Work<Row> = (query: (text: string, values?: unknown[]) => Promise<Row>) => Promise<Row>;
 
 /** As PostgreSQL says it: moments inside JSON and large numbers are text. */

@@ -164,13 +164,18 @@ describeChaos('processes that are killed', () => {
         const { executionId } = await chaos.client(deployment, marker).accept();
         let poisoned: Execution | undefined;
         let calls = 0;
+        const kills: number[] = [];
         // Whoever calls its model is killed, and now and then another one, at any moment.
         const killOne = async () => {
           const calm = chaos.random.int(...CALM_MS);
           const isCalled = () => ledger.of(marker).length > calls;
           await until(() => isCalled() || Date.now() > chaos.killedAt + calm);
+          if (poisoned?.status === 'error') return;
           const victim = isCalled() ? await callerOf(ledger.of(marker)[calls++]) : await findVictim();
-          if (victim) await chaos.kill(victim);
+          if (victim) {
+            await chaos.kill(victim);
+            kills.push(chaos.killedAt);
+          }
           [poisoned] = await chaos.rows([executionId]);
         };
         const runs = await disturbedBy(
@@ -179,7 +184,7 @@ describeChaos('processes that are killed', () => {
         );
         process.stderr.write(`${runs.length} executions, ${chaos.kills} kills\n`);
         expect(poisoned).toMatchObject({ status: 'error', code: 'worker_lost' });
-        await expectSoonEnded(runs, [chaos.killedAt]);
+        await expectSoonEnded(runs, kills);
         await expectWhole(chaos, runs, { speakers: speakersOf });
         expectByChance('executions that were taken over', await takeovers(runs), 3);
         expectByChance('clients cut off', runs.filter(({ connections }) => connections > 1).length, 1);

@@ -19,8 +19,7 @@ import type { Exchange } from './raw-exchange.js';
 const SEED = Number(process.env.FUZZ_SEED ?? Math.floor(Math.random() * 2 ** 31));
 const REQUESTS = rounds(2500, 20);
 const MESSAGES_SENT = 1000;
-/** Many of them end only when the server has waited long enough for the rest. */
-const AT_ONCE = 24;
+const AT_ONCE = 8;
 /** After so many requests what they are about is made anew: some of them delete it. */
 const RENEWED_AFTER = 100;
 /** A request that is neither answered nor closed after so long hangs, ms: no limit of the server below is as long. */

@@ -1,3 +1,4 @@
+import { setTimeout as sleep } from 'node:timers/promises';
 import { expect } from '@jest/globals';
 import { inconclusive } from './inconclusive.js';
 import { Studio, echo } from './studio.js';
@@ -13,6 +14,8 @@ const NOISY = 5;
 const CALM_EXECUTIONS = 20;
 /** An execution that takes so long is given up, ms. */
 const GIVE_UP_MS = 60_000;
+/** What an attack has left behind is over after so long, ms: it excuses nothing. */
+const AFTERMATH_MS = 2000;
 /** How often an attack may be repeated: what else the machine does can only lengthen what is measured. */
 const MOST_TRIES = 3;
 
@@ -73,10 +76,15 @@ async function witnessBoth<Outcome>(
   });
   const found = { calm, attacked, outcome: result };
   if (attacked.faults.length > 0 || harmsOf(found).length === 0) return found;
+  await sleep(AFTERMATH_MS);
   const after = await witnessCalm(server, run);
   const slowest = Math.max(calm.slowest, after.slowest);
   const silence = Math.max(calm.silence, after.silence);
-  return { ...found, calm: { ...calm, slowest, silence } };
+  return {
+    ...found,
+    calm: { ...calm, slowest, silence },
+    attacked: { ...attacked, faults: after.faults },
+  };
 }
 
 async function witnessCalm(

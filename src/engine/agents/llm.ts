@@ -80,7 +80,7 @@ function refuseLongPrompt(systemPrompt: string, { chat_history, query, sources }
   if (length <= MAX_PROMPT_CHARS) return length;
   throw new AppError(
     'agent_error',
-    `The prompt of the agent, with the outputs of those before it, has ${length} characters, and may have ${MAX_PROMPT_CHARS}.`,
+    `The prompt of the agent, with the query, the history and the outputs of those before it, has ${length} characters, and may have ${MAX_PROMPT_CHARS}.`,
   );
 }
 
