@@ -138,12 +138,10 @@ async function takeovers(runs: ClientRun[]): Promise<number> {
   return rows.filter(({ attempt }) => attempt > 1).length;
 }
 
-/** A worker in the middle of a call, or as often an api process. */
+/** A worker in the middle of a call. */
 async function findVictim(): Promise<StackProcess | undefined> {
-  const { ledger, random, stack } = chaos;
-  if (random.int(1, 2) === 1) return random.pick(stack.apis);
-  const open = ledger.calls.filter(({ endedAt }) => endedAt === undefined);
-  return callerOf(open.length > 0 ? random.pick(open) : undefined);
+  const open = chaos.ledger.calls.filter(({ endedAt }) => endedAt === undefined);
+  return callerOf(open.length > 0 ? chaos.random.pick(open) : undefined);
 }
 
 /** Who made a call, which may have ended meanwhile. */
@@ -166,13 +164,14 @@ describeChaos('processes that are killed', () => {
         let poisoned: Execution | undefined;
         let calls = 0;
         const kills: number[] = [];
-        // Whoever calls its model is killed, and now and then another one, at any moment.
+        const isCalled = () => ledger.of(marker).length > calls;
+        const findWorker = () => (isCalled() ? callerOf(ledger.of(marker)[calls++]) : findVictim());
+        // Whoever calls its model is killed, now and then another one, and each third time an api process.
         const killOne = async () => {
           const calm = chaos.random.int(...CALM_MS);
-          const isCalled = () => ledger.of(marker).length > calls;
           await until(() => isCalled() || Date.now() > chaos.killedAt + calm);
           if (poisoned?.status === 'error') return sleep(calm); // the last executions end in peace
-          const victim = isCalled() ? await callerOf(ledger.of(marker)[calls++]) : await findVictim();
+          const victim = kills.length % 3 === 1 ? chaos.random.pick(chaos.stack.apis) : await findWorker();
           if (victim) {
             await chaos.kill(victim);
             kills.push(chaos.killedAt);
