@@ -170,11 +170,10 @@ export class BatchProgress implements OnApplicationBootstrap, OnModuleDestroy {
     finished.forEach(({ batch_id }) => this.log.ended(batch_id));
     // What does not get into the queue is put in by the sweep.
     this.enqueue(released).catch((error: unknown) => this.report(error));
-    for (const batchId of batchIds)
-      this.stop(
-        batchId,
-        stopped.filter((item) => item.batch_id === batchId),
-      );
+    for (const batchId of batchIds) {
+      const items = stopped.filter(({ batch_id }) => batch_id === batchId);
+      this.stop(batchId, items);
+    }
     return asked.map(() => undefined);
   }
 

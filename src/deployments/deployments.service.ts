@@ -15,6 +15,7 @@ import { Workflow } from '../database/entities/workflow.entity.js';
 import { present, quoted } from '../dto.js';
 import type { Graph } from '../engine/graph.js';
 import { AppError } from '../errors.js';
+import { OneByOne } from '../one-by-one.js';
 import type { DeploymentEventsQueryDto } from '../status-events/status-events.dto.js';
 import { StatusStreams } from '../status-events/status.stream.js';
 import { WorkflowsService, notFound as workflowNotFound } from '../workflows/workflows.service.js';
@@ -124,7 +125,8 @@ const FIND = `${SELECT}
 export class DeploymentsService {
   /** By `revision_id`, the one that was used last at the end. */
   private readonly revisions = new Map<string, KeptRevision>();
-  private turn: Promise<unknown> = Promise.resolve();
+  /** Large definitions are compiled one at a time: together they would need as much memory at once. */
+  private readonly largeOnes = new OneByOne();
 
   constructor(
     private readonly pool: Pool,
@@ -156,13 +158,8 @@ export class DeploymentsService {
       });
       if (deployed) return present(deployed);
     }
-    throw new AppError(
-      'unavailable',
-      'The workflow is being changed again and again; try again in a moment.',
-      {
-        retryAfter: 1,
-      },
-    );
+    const message = 'The workflow is being changed again and again; try again in a moment.';
+    throw new AppError('unavailable', message, { retryAfter: 1 });
   }
 
   async list({ environment, status, limit, cursor }: ListDeploymentsDto): Promise<DeploymentPageDto> {
@@ -268,20 +265,13 @@ export class DeploymentsService {
       kept.characters = JSON.stringify([configuration, runtime_config]).length;
       this.forgetOldest();
       const compile = () => this.workflows.compile(configuration, { stored: true });
-      const graph = await (kept.characters > LARGE_CHARACTERS ? this.inTurn(compile) : compile());
+      const graph = await (kept.characters > LARGE_CHARACTERS ? this.largeOnes.run(compile) : compile());
       return { revision_id: revisionId, runtime_config, graph };
     };
     const kept: KeptRevision = { revision: load(), characters: 0 };
     // Whoever asked sees the failure; the next one tries again.
     kept.revision.catch(() => this.revisions.delete(revisionId));
     return kept;
-  }
-
-  /** Large definitions are compiled one at a time: together they would need as much memory at once. */
-  private inTurn<Result>(work: () => Promise<Result>): Promise<Result> {
-    const result = this.turn.then(work);
-    this.turn = result.catch(() => undefined); // its caller is told
-    return result;
   }
 
   private forgetOldest(): void {

@@ -1,4 +1,5 @@
 import { AppError } from '../errors.js';
+import { OneByOne } from '../one-by-one.js';
 import { EvaluationLimitError, MAX_EVALUATION_CHARS, type EvaluationLimit } from './bounds.js';
 
 /** A template to be rendered, and what it reads: JSON where it is no text, absent where it does not name it. */
@@ -60,7 +61,7 @@ const MOST_HELD = 10_000_000;
 /** The evaluations of one execution: one at a time in a thread, all of them within one budget. */
 export class Evaluations {
   private spent_ms = 0;
-  private last: Promise<unknown> = Promise.resolve();
+  private readonly turns = new OneByOne();
   private held = 0;
   /** Who waits for room. */
   private waiting: (() => void)[] = [];
@@ -102,22 +103,18 @@ export class Evaluations {
    * in words for a client when the evaluation fails.
    */
   inThread(make: () => EvaluationTask): Promise<string | boolean> {
-    return this.inTurn(() => this.evaluate(make));
+    return this.turns.run(() => this.evaluate(make));
   }
 
   /** The same for a text, which waits for room. What needs none has its turn meanwhile. */
   async textInThread(make: () => EvaluationTask): Promise<string> {
     for (;;) {
       for (let room = this.room(); room !== undefined; room = this.room()) await room;
-      const text = await this.inTurn(async () => (this.held < MOST_HELD ? this.evaluate(make) : undefined));
+      const text = await this.turns.run(async () =>
+        this.held < MOST_HELD ? this.evaluate(make) : undefined,
+      );
       if (text !== undefined) return String(text);
     }
-  }
-
-  private inTurn<Result>(work: () => Promise<Result>): Promise<Result> {
-    const result = this.last.then(work);
-    this.last = result.catch(() => undefined);
-    return result;
   }
 
   private async evaluate(make: () => EvaluationTask): Promise<string | boolean> {

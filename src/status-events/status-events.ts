@@ -8,6 +8,7 @@ import { LOCKS } from '../database/locks.js';
 import { SlowPool } from '../database/slow-pool.js';
 import { isUnavailable, retryWhileUnavailable } from '../database/unavailable.js';
 import { Metrics } from '../metrics.js';
+import { OneByOne } from '../one-by-one.js';
 import { Repeat } from '../repeat.js';
 import { IS_KEPT, LOOK, NUMBERED_AT_ONCE, NUMBER_PENDING, READ, SNAPSHOT } from './statements.js';
 import { fitIntoLine } from './status-event.js';
@@ -54,11 +55,10 @@ export class StatusEvents implements BeforeApplicationShutdown {
       onError: (error) => this.logger[isUnavailable(error) ? 'debug' : 'error'](error),
     },
   );
-  private readonly turns: Record<Lane, Promise<unknown>> = {
-    numbers: Promise.resolve(),
-    snapshots: Promise.resolve(),
-    far: Promise.resolve(),
-  };
+  /** All streams wait for numbers, and anybody can ask for many different snapshots: so no number waits for more than one of these. */
+  private readonly numbering = new OneByOne();
+  private readonly takingSnapshots = new OneByOne();
+  private readonly farReads = new OneByOne();
   private waitingSnapshots = 0;
   /** Pieces of the table that are being read: who wants the same shares it. */
   private readonly pieces = new Map<string, Promise<StatusChange[]>>();
@@ -118,8 +118,9 @@ export class StatusEvents implements BeforeApplicationShutdown {
 
   /** Numbers a piece of what is pending. */
   private async numberSome(): Promise<{ head: number; isAll: boolean }> {
-    const { head, numbered } = await this.inSequence<{ head: string; numbered: number }>('numbers', (query) =>
-      query(NUMBER_PENDING),
+    const { head, numbered } = await this.inSequence<{ head: string; numbered: number }>(
+      this.numbering,
+      (query) => query(NUMBER_PENDING),
     );
     return { head: Number(head), isAll: numbered < NUMBERED_AT_ONCE };
   }
@@ -145,7 +146,7 @@ export class StatusEvents implements BeforeApplicationShutdown {
   private async takeSnapshot(filter: StatusFilter, key: string): Promise<StatusSnapshot> {
     for (;;) {
       if (this.closed) throw new AppError('unavailable', 'The server is shutting down.', { retryAfter: 1 });
-      const row = await this.inSequence<SnapshotRow>('snapshots', (query) => {
+      const row = await this.inSequence<SnapshotRow>(this.takingSnapshots, (query) => {
         this.snapshots.delete(key);
         return query(SNAPSHOT, valuesOf(filter));
       });
@@ -154,22 +155,13 @@ export class StatusEvents implements BeforeApplicationShutdown {
     }
   }
 
-  /**
-   * One transaction at a time, of all processes. Those of this process wait for each other without a connection, and no number for
-   * more than one snapshot: all streams wait for numbers, and anybody can ask for many different snapshots.
-   */
-  private inSequence<Row extends object>(lane: Lane, work: Work<Row>): Promise<Row> {
-    return this.inTurn(lane, () =>
+  /** One transaction at a time, of all processes; those of this process wait for each other without a connection. */
+  private inSequence<Row extends object>(turns: OneByOne, work: Work<Row>): Promise<Row> {
+    return turns.run(() =>
       exclusively(this.pool, LOCKS.sequence, (client) =>
         work(async (text, values) => (await client.query<Row>(text, values)).rows[0] as Row),
       ),
     );
-  }
-
-  private inTurn<Result>(lane: Lane, work: () => Promise<Result>): Promise<Result> {
-    const turn = this.turns[lane].then(work);
-    this.turns[lane] = turn.catch(() => undefined); // its caller is told; the next one has its turn
-    return turn;
   }
 
   /** What passes the filter after `after`, and how far was looked: a filter may let nothing of a month pass. */
@@ -213,7 +205,7 @@ export class StatusEvents implements BeforeApplicationShutdown {
         : await this.pool.query<StatusEvent>(statement);
       return rows.map(changeOf);
     };
-    const piece = (isFar ? this.inTurn('far', read) : read()).finally(() => this.pieces.delete(key));
+    const piece = (isFar ? this.farReads.run(read) : read()).finally(() => this.pieces.delete(key));
     this.pieces.set(key, piece);
     return piece;
   }
@@ -255,7 +247,6 @@ export class StatusEvents implements BeforeApplicationShutdown {
   }
 }
 
-type Lane = 'numbers' | 'snapshots' | 'far';
 type Work<Row> = (query: (text: string, values?: unknown[]) => Promise<Row>) => Promise<Row>;
 
 /** As PostgreSQL says it: moments inside JSON and large numbers are text. */

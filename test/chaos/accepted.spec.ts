@@ -1,5 +1,5 @@
-import { afterAll, beforeAll, expect, it } from '@jest/globals';
-import { Chaos, PATIENCE_MS, START_MS, describeChaos } from '../support/chaos.js';
+import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { Chaos, PATIENCE_MS, START_MS } from '../support/chaos.js';
 import type { StackProcess } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import { whileLocked } from '../support/database.js';
@@ -20,7 +20,7 @@ beforeAll(async () => {
 }, START_MS);
 afterAll(() => chaos?.stop(), START_MS);
 
-describeChaos('an execution that was accepted', () => {
+describe('an execution that was accepted', () => {
   it(
     'runs, though processes are killed between its acceptance and its first step',
     async () => {

@@ -1,8 +1,8 @@
-import { afterAll, beforeAll, expect, it } from '@jest/globals';
+import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
 import { BatchClient } from '../support/batch-client.js';
 import { BatchRoutes, byItem, faultsOfMerged, linesOf } from '../support/batches.js';
 import { answerOf } from '../support/call-ledger.js';
-import { Chaos, PATIENCE_MS, START_MS, describeChaos } from '../support/chaos.js';
+import { Chaos, PATIENCE_MS, START_MS } from '../support/chaos.js';
 import type { StackProcess } from '../support/chaos.js';
 import { expectByChance } from '../support/inconclusive.js';
 import { Random, SEED } from '../support/random.js';
@@ -121,7 +121,7 @@ async function workerOf({ queries }: Batch): Promise<StackProcess> {
   });
 }
 
-describeChaos('a batch of 100 items, ten of which fail', () => {
+describe('a batch of 100 items, ten of which fail', () => {
   it(
     'survives the SIGKILL of a worker, and of an api process, under readers that come back at others',
     async () => {
@@ -151,7 +151,7 @@ describeChaos('a batch of 100 items, ten of which fail', () => {
   );
 });
 
-describeChaos('a batch that is under way', () => {
+describe('a batch that is under way', () => {
   it(
     'survives that every process is restarted in turn, and its readers have it whole',
     async () => {
@@ -207,7 +207,7 @@ describeChaos('a batch that is under way', () => {
   );
 });
 
-describeChaos('a batch at two api processes', () => {
+describe('a batch at two api processes', () => {
   it(
     'has one order, though both of them merge it at the same time, with many readers each',
     async () => {

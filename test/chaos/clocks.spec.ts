@@ -1,5 +1,5 @@
-import { afterAll, beforeAll, expect, it } from '@jest/globals';
-import { Chaos, START_MS, describeChaos } from '../support/chaos.js';
+import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { Chaos, START_MS } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 
 const PIECES = 4;
@@ -18,7 +18,7 @@ beforeAll(async () => {
 }, START_MS);
 afterAll(() => chaos?.stop(), START_MS);
 
-describeChaos('workers whose clocks are wrong by an hour, some ahead and some behind', () => {
+describe('workers whose clocks are wrong by an hour, some ahead and some behind', () => {
   it('take over what a killed one had, each time, and from no living one anything', async () => {
     await chaos.reporting(async () => {
       const { ledger } = chaos;

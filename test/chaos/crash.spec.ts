@@ -1,8 +1,8 @@
 import { setTimeout as sleep } from 'node:timers/promises';
-import { afterAll, beforeAll, expect, it } from '@jest/globals';
+import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
 import type { Execution } from '../../src/database/entities/execution.entity.js';
 import type { ModelCall } from '../support/call-ledger.js';
-import { Chaos, PATIENCE_MS, START_MS, describeChaos } from '../support/chaos.js';
+import { Chaos, PATIENCE_MS, START_MS } from '../support/chaos.js';
 import type { StackProcess } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import type { SpeakingAgent } from '../support/chaos-checks.js';
@@ -149,7 +149,7 @@ async function callerOf(call: ModelCall | undefined): Promise<StackProcess | und
   return call && chaos.callerOf(call).catch(() => undefined);
 }
 
-describeChaos('processes that are killed', () => {
+describe('processes that are killed', () => {
   withChaos({ MAX_LOST_ATTEMPTS: '3' });
 
   it(
@@ -217,7 +217,7 @@ describeChaos('processes that are killed', () => {
   );
 });
 
-describeChaos('processes that are restarted in turn', () => {
+describe('processes that are restarted in turn', () => {
   // Longer than any pause of a busy machine: what is taken over then was handed back.
   withChaos({ JOB_LOCK_MS: '20000' });
 

@@ -1,5 +1,5 @@
-import { afterAll, beforeAll, expect, it } from '@jest/globals';
-import { Chaos, PATIENCE_MS, START_MS, describeChaos } from '../support/chaos.js';
+import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { Chaos, PATIENCE_MS, START_MS } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import type { ClientRun } from '../support/chaos-clients.js';
 import { until } from '../support/studio.js';
@@ -48,7 +48,7 @@ async function statusesOf(runs: ClientRun[]): Promise<string[]> {
   return runs.map(({ executionId }) => statuses.get(executionId) ?? 'missing');
 }
 
-describeChaos('max_concurrency', () => {
+describe('max_concurrency', () => {
   it('is never exceeded, and is made use of, over two workers', async () => {
     await chaos.reporting(async () => {
       const deployment = await deploy(3);
@@ -149,7 +149,7 @@ async function deployAgain(deployment_name: string, max_concurrency: number): Pr
   expect(status).toBe(201);
 }
 
-describeChaos('MAX_QUEUED', () => {
+describe('MAX_QUEUED', () => {
   it('refuses with 429 what is too much, loses nothing of the rest, and accepts again after', async () => {
     await chaos.reporting(async () => {
       const { ledger } = chaos;

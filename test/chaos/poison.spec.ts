@@ -1,5 +1,5 @@
-import { afterAll, beforeAll, expect, it } from '@jest/globals';
-import { Chaos, PATIENCE_MS, START_MS, describeChaos } from '../support/chaos.js';
+import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
+import { Chaos, PATIENCE_MS, START_MS } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import { faultsOfStream, until } from '../support/studio.js';
 
@@ -27,7 +27,7 @@ async function poison(marker: string, losses: number): Promise<void> {
   }
 }
 
-describeChaos('an execution that kills each worker', () => {
+describe('an execution that kills each worker', () => {
   it('ends as `worker_lost` after so many, and others go on', async () => {
     await chaos.reporting(async () => {
       const { ledger } = chaos;

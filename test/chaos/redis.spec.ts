@@ -1,7 +1,7 @@
 import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
-import { afterAll, beforeAll, it } from '@jest/globals';
-import { Chaos, PATIENCE_MS, START_MS, describeChaos } from '../support/chaos.js';
+import { afterAll, beforeAll, describe, it } from '@jest/globals';
+import { Chaos, PATIENCE_MS, START_MS } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import type { ClientRun } from '../support/chaos-clients.js';
 
@@ -53,7 +53,7 @@ function redis() {
   return server;
 }
 
-describeChaos('executions that run, and that wait, while Redis', () => {
+describe('executions that run, and that wait, while Redis', () => {
   it('is killed and started again, all end', async () => {
     await chaos.reporting(async () => {
       const runs = await acceptSome();

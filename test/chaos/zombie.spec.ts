@@ -1,7 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises';
-import { afterAll, beforeAll, beforeEach, expect, it } from '@jest/globals';
+import { afterAll, beforeAll, beforeEach, describe, expect, it } from '@jest/globals';
 import { BatchRoutes, byItem, faultsOfMerged, linesOf } from '../support/batches.js';
-import { Chaos, LOCK_MS, PATIENCE_MS, START_MS, describeChaos } from '../support/chaos.js';
+import { Chaos, LOCK_MS, PATIENCE_MS, START_MS } from '../support/chaos.js';
 import type { StackProcess } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
 import { Studio, faultsOfStream, textOf, until } from '../support/studio.js';
@@ -45,7 +45,7 @@ async function runUntilCalledBy(worker: StackProcess): Promise<void> {
 const saidBy = (ordinal: number, frames: Frame[]) =>
   frames.filter(({ chunk }) => chunk.data?.toString().includes(`#${ordinal} `));
 
-describeChaos('a worker that is stopped for longer than its lock', () => {
+describe('a worker that is stopped for longer than its lock', () => {
   // Its successor's first chunk is already in its way in the first case, and nothing but its outdated claim in the second.
   it.each([
     ['in the middle of its answer', PIECES / 2],
@@ -145,7 +145,7 @@ function expectTakenOver(frames: Frame[], said: number): void {
   expect(frames.at(-1)?.chunk.status).toBe('completed');
 }
 
-describeChaos('a worker that is stopped for longer than its lock, with the items of a batch', () => {
+describe('a worker that is stopped for longer than its lock, with the items of a batch', () => {
   it('has them taken over, and all readers of the batch have one stream, without its last words', async () => {
     await chaos.reporting(async () => {
       const { ledger, stack } = chaos;
@@ -196,7 +196,7 @@ describeChaos('a worker that is stopped for longer than its lock, with the items
   }, 120_000);
 });
 
-describeChaos('an api process that is stopped for a while', () => {
+describe('an api process that is stopped for a while', () => {
   it('goes on with its streams when it wakes up, while its clients may have gone elsewhere', async () => {
     await chaos.reporting(async () => {
       const { ledger, stack } = chaos;

@@ -1,6 +1,4 @@
-import { spawnSync } from 'node:child_process';
 import { inspect } from 'node:util';
-import { describe } from '@jest/globals';
 import { Stack } from '../../scripts/stack/stack.mjs';
 import type { StackOptions } from '../../scripts/stack/stack.mjs';
 import type { Step } from '../../src/database/entities/step.entity.js';
@@ -244,15 +242,4 @@ export class Chaos {
 /** With its causes; of Jest's errors the stack says all. */
 function textOf(error: unknown): string {
   return error instanceof Error && !error.cause ? (error.stack ?? error.message) : inspect(error);
-}
-
-const hasRedis = spawnSync('redis-server', ['--version']).status === 0;
-
-/**
- * `describe`, but for a queue in Redis on a machine that has no Redis: the server needs none, so its developers may have none
- * either, and can run the rest. The gate (`CI`) installs Redis, and there its absence is a failure.
- */
-export function describeChaos(name: string, tests: () => void): void {
-  if (QUEUE === 'postgres' || hasRedis || process.env.CI) describe(name, tests);
-  else describe.skip(`${name}: redis-server is not installed`, tests);
 }
