@@ -67,6 +67,11 @@ export class Metrics {
     labelNames: ['limit'] as const,
     registers: [this.registry],
   });
+  readonly heldOutput = new Gauge({
+    name: 'agent_studio_held_output_bytes',
+    help: 'What the executions of this process hold of outputs and prompts; from MAX_PROCESS_OUTPUT_PERCENT of the heap on, long ones wait for each other',
+    registers: [this.registry],
+  });
   readonly openStreams = new Gauge({
     name: 'agent_studio_open_streams',
     help: 'Event streams that clients hold open at this process',

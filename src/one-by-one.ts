@@ -5,7 +5,11 @@ export class OneByOne {
   /** Resolves and rejects as `work` does. */
   run<Result>(work: () => Promise<Result>): Promise<Result> {
     const result = this.last.then(work);
-    this.last = result.catch(() => undefined); // its caller is told
+    // Its caller is told, and nothing keeps the result, which may be large.
+    this.last = result.then(
+      () => undefined,
+      () => undefined,
+    );
     return result;
   }
 }

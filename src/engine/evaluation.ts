@@ -1,5 +1,6 @@
 import { AppError } from '../errors.js';
 import { OneByOne } from '../one-by-one.js';
+import type { HeldOutput } from './output-memory.js';
 import { EvaluationLimitError, MAX_EVALUATION_CHARS, type EvaluationLimit } from './bounds.js';
 
 /** A template to be rendered, and what it reads: JSON where it is no text, absent where it does not name it. */
@@ -58,6 +59,12 @@ export abstract class Evaluator {
 /** UTF-16 code units of the texts that the agents of one execution hold at once, about: what is made in one turn may come on top. */
 const MOST_HELD = 10_000_000;
 
+/** A text that was made and is kept in mind until `letGo`. */
+export interface MadeText {
+  text: string;
+  letGo: () => void;
+}
+
 /** The evaluations of one execution: one at a time in a thread, all of them within one budget. */
 export class Evaluations {
   private spent_ms = 0;
@@ -69,6 +76,7 @@ export class Evaluations {
   constructor(
     private readonly evaluator: Evaluator,
     private readonly signal: AbortSignal,
+    private readonly output: HeldOutput,
   ) {}
 
   turn(): Promise<void> | undefined {
@@ -76,22 +84,24 @@ export class Evaluations {
   }
 
   /**
-   * Keeps a text in mind that an agent has and has not said, or sent, yet, as long as it is; gives back what lets go of it.
+   * Waits until the run, and all runs of the process, hold so little that there is room for a text of this length, and keeps it in
+   * mind from then on. Resolves with what lets go of it; rejects when the run is stopped.
    *
    * @param length in UTF-16 code units
    */
-  hold(length: number): () => void {
+  async take(length: number): Promise<() => void> {
+    await this.untilRoom();
     this.held += length;
+    try {
+      await this.output.take(length, this.signal);
+    } catch (error) {
+      this.letGo(length);
+      throw error;
+    }
     return () => {
-      this.held -= length;
-      for (const goOn of this.waiting.splice(0)) goOn();
+      this.output.remove(length);
+      this.letGo(length);
     };
-  }
-
-  /** To be asked, again and again, before a text is made: undefined, or a promise for when the run may hold less than now. */
-  room(): Promise<void> | undefined {
-    if (this.held < MOST_HELD) return undefined;
-    return new Promise((resolve) => this.waiting.push(resolve));
   }
 
   countInline(): void {
@@ -106,31 +116,69 @@ export class Evaluations {
     return this.turns.run(() => this.evaluate(make));
   }
 
-  /** The same for a text, which waits for room. What needs none has its turn meanwhile. */
-  async textInThread(make: () => EvaluationTask): Promise<string> {
+  /**
+   * The same for a text, which waits for room; what needs none has its turn meanwhile. How long it is shows once it was made: if all
+   * runs hold too much for that, it is not kept, and made again when there is room for it.
+   */
+  async textInThread(make: () => EvaluationTask): Promise<MadeText> {
     for (;;) {
-      for (let room = this.room(); room !== undefined; room = this.room()) await room;
-      const text = await this.turns.run(async () =>
+      await this.untilRoom();
+      const made = await this.turns.run(async () =>
         this.held < MOST_HELD ? this.evaluate(make) : undefined,
       );
-      if (text !== undefined) return String(text);
+      if (made === undefined) continue;
+      const text = String(made);
+      if (!this.output.hasRoom(text.length)) return this.makeAgain(make, text.length);
+      return { text, letGo: await this.take(text.length) };
+    }
+  }
+
+  private async makeAgain(make: () => EvaluationTask, length: number): Promise<MadeText> {
+    const letGo = await this.take(length);
+    try {
+      const { value } = valueOf(await this.turns.run(() => this.perform(make)));
+      return { text: String(value), letGo };
+    } catch (error) {
+      letGo();
+      throw error;
     }
   }
 
   private async evaluate(make: () => EvaluationTask): Promise<string | boolean> {
-    const { spent_ms, signal, evaluator } = this;
+    const { spent_ms, evaluator } = this;
     if (spent_ms >= evaluator.budget_ms) {
       throw new AppError(
         'evaluation_limit',
         `The templates and conditions of this execution took ${Math.round(spent_ms)} ms together; they may take ${evaluator.budget_ms} ms.`,
       );
     }
-    const evaluated = await evaluator.run(make, { spent_ms, signal });
+    const evaluated = await this.perform(make);
     this.spent_ms += evaluated.took_ms;
-    if ('value' in evaluated) return evaluated.value;
-    if (evaluated.limit === undefined) throw new Error(evaluated.failure);
-    throw new EvaluationLimitError(evaluated.failure, evaluated.limit);
+    return valueOf(evaluated).value;
   }
+
+  /** Outside of the budget. */
+  private perform(make: () => EvaluationTask): Promise<Evaluated> {
+    const { spent_ms, signal, evaluator } = this;
+    return evaluator.run(make, { spent_ms, signal });
+  }
+
+  /** Resolves while the run itself holds little enough. */
+  private async untilRoom(): Promise<void> {
+    while (this.held >= MOST_HELD) await new Promise<void>((resolve) => this.waiting.push(resolve));
+  }
+
+  private letGo(length: number): void {
+    this.held -= length;
+    for (const goOn of this.waiting.splice(0)) goOn();
+  }
+}
+
+/** Throws what a failed evaluation is to be told by. */
+function valueOf(evaluated: EvaluationResult): { value: string | boolean } {
+  if ('value' in evaluated) return evaluated;
+  if (evaluated.limit === undefined) throw new Error(evaluated.failure);
+  throw new EvaluationLimitError(evaluated.failure, evaluated.limit);
 }
 
 const texts = new WeakMap<object, string>();

@@ -1,5 +1,6 @@
 import { OutputLimitError } from '../errors.js';
 import { jsonBytes } from '../json-text.js';
+import type { HeldOutput } from './output-memory.js';
 
 /** What a piece of text costs in memory besides its bytes, however short it is. */
 const PIECE_BYTES = 48;
@@ -15,9 +16,17 @@ export class OutputMeter {
   private total = 0;
   private readonly ofAgents = new Map<string, number>();
 
-  constructor(private readonly limits: OutputLimits) {}
+  constructor(
+    private readonly limits: OutputLimits,
+    private readonly held: HeldOutput,
+  ) {}
 
-  /** Counts what an earlier attempt has kept. */
+  /** Nothing where there is room to say more, or else a promise for when there is; it rejects with the reason of `signal`. */
+  room(signal: AbortSignal): Promise<void> | undefined {
+    return this.held.take(0, signal);
+  }
+
+  /** Counts what an earlier attempt has kept; `held` has it already. */
   restore(text: string): void {
     this.total += jsonBytes(text);
   }
@@ -41,5 +50,6 @@ export class OutputMeter {
     }
     this.ofAgents.set(agentId, said);
     this.total += bytes;
+    this.held.add(bytes);
   }
 }

@@ -9,6 +9,7 @@ import type { AgentOverrides, ChatMessage, RuntimeOverrides } from './definition
 import { Evaluations, type Evaluator } from './evaluation.js';
 import { toExpressionVariables } from './expressions.js';
 import type { Graph, GraphAgent, GraphConnection } from './graph.js';
+import type { HeldOutput } from './output-memory.js';
 import { OutputMeter, type OutputLimits } from './output-meter.js';
 import { errorOf, isLimitOfExecution, toStepError } from './step-errors.js';
 import type { EarlierResults } from './templates.js';
@@ -62,6 +63,8 @@ export interface GraphRun {
   models: ModelRegistry;
   evaluator: Evaluator;
   limits: OutputLimits;
+  /** What the run holds in memory; whoever opened it releases it after the run, whose outcome holds it as well. */
+  held: HeldOutput;
   observer: RunObserver;
   /** Checkpoints of an earlier attempt, by `agent_id`: what has a result other than `cancelled` is not run again. */
   completed?: ReadonlyMap<string, StepResult>;
@@ -109,8 +112,8 @@ class Run {
     this.variables = { ...input.variables, ...input.overrides.variables };
     // Every parallel agent listens; Node warns of a leak from the 11th listener on.
     setMaxListeners(0, this.stop.signal);
-    this.evaluations = new Evaluations(run.evaluator, this.stop.signal);
-    this.output = new OutputMeter(run.limits);
+    this.evaluations = new Evaluations(run.evaluator, this.stop.signal, run.held);
+    this.output = new OutputMeter(run.limits, run.held);
     for (const agent of graph.agents.values()) {
       this.states.set(agent.agent_id, {
         agent,
@@ -323,8 +326,8 @@ class Run {
       this.observerFailed(error);
       throw error;
     };
-    const room = this.run.observer.room?.();
-    if (room) return room.catch(failed).then(() => this.emit(state, text));
+    const room = this.run.observer.room?.()?.catch(failed) ?? this.output.room(this.stop.signal);
+    if (room) return room.then(() => this.emit(state, text));
     this.output.add(state.agent.agent_id, text);
     state.text += text;
     try {

@@ -2,7 +2,7 @@ import { TypeGuards, type Output, type Template as ParsedTemplate } from 'liquid
 import { AppError, type ErrorCode, type Fault } from '../errors.js';
 import { refuseLength } from './bounds.js';
 import type { ChatMessage } from './definition.js';
-import { jsonOf, refuseLongInput, type Evaluations, type TemplateTask } from './evaluation.js';
+import { jsonOf, refuseLongInput, type Evaluations, type MadeText, type TemplateTask } from './evaluation.js';
 import { explainLiquid, parseLiquid } from './liquid.js';
 import type { Pieces } from './turns.js';
 
@@ -51,24 +51,26 @@ export class Template {
   }
 
   /**
-   * Renders the text: at once where that is cheap, else in a thread. Throws, or rejects with, `AppError` `agent_error`
+   * Renders the text, once there is room for it: at once where that is cheap, else in a thread. Rejects with `AppError` `agent_error`
    * when rendering fails or goes beyond a limit, `evaluation_limit` when the execution has used up its budget.
    */
-  render(scope: TemplateScope): string | Promise<string> {
-    if (this.plain !== undefined) return this.plain;
-    const turn = scope.evaluations.room() ?? scope.evaluations.turn();
-    if (turn !== undefined) return turn.then(() => this.render(scope));
+  async render(scope: TemplateScope): Promise<MadeText> {
+    const { evaluations } = scope;
+    if (this.plain !== undefined) return { text: this.plain, letGo: () => undefined };
+    for (let turn = evaluations.turn(); turn; turn = evaluations.turn()) await turn;
     try {
-      const text = this.renderParts(scope);
-      if (text === undefined) return this.renderInThread(scope);
-      scope.evaluations.countInline();
-      return text;
+      const texts = this.findTexts(scope);
+      if (texts === undefined) return await evaluations.textInThread(() => this.toTask(scope));
+      const letGo = await evaluations.take(texts.reduce((length, text) => length + text.length, 0));
+      evaluations.countInline();
+      return { text: texts.join(''), letGo };
     } catch (error) {
       throw failed(error);
     }
   }
 
-  private renderParts(scope: TemplateScope): string | undefined {
+  /** What the text consists of; undefined if that takes a thread. */
+  private findTexts(scope: TemplateScope): string[] | undefined {
     if (this.parts === undefined) return undefined;
     const values = this.readScope(scope);
     const texts: string[] = [];
@@ -80,15 +82,7 @@ export class Template {
       refuseLength(length);
       texts.push(text);
     }
-    return texts.join('');
-  }
-
-  private async renderInThread(scope: TemplateScope): Promise<string> {
-    try {
-      return await scope.evaluations.textInThread(() => this.toTask(scope));
-    } catch (error) {
-      throw failed(error);
-    }
+    return texts;
   }
 
   /** Only what the template names: the rest can be large, and goes into the thread as a copy. */

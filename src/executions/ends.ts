@@ -2,6 +2,8 @@ import { Injectable, Logger } from '@nestjs/common';
 import { Pool } from 'pg';
 import type { Execution } from '../database/entities/execution.entity.js';
 import { SlowPool } from '../database/slow-pool.js';
+import { OutputMemory } from '../engine/output-memory.js';
+import type { HeldOutput } from '../engine/output-memory.js';
 import { EventLog, FencedError } from '../event-log/event-log.js';
 import type { ExecutionEnd, LogWriter } from '../event-log/event-log.js';
 import { Metrics } from '../metrics.js';
@@ -50,6 +52,8 @@ interface Leftovers {
   configuration: { agents: { agent_id: string }[] } | null;
 }
 
+type Left = Pick<ExecutionEnd, 'response' | 'input_tokens' | 'output_tokens'> & { last_sequence: number };
+
 type Reason = Pick<ExecutionEnd, 'status' | 'code' | 'error'>;
 
 /** What a run knows of its own end. */
@@ -63,6 +67,8 @@ export interface RunEnd extends ExecutionEnd {
 @Injectable()
 export class ExecutionEnds {
   private readonly logger = new Logger(ExecutionEnds.name);
+  /** Ends wait for each other, and not for models. */
+  private readonly memory: OutputMemory;
   private readonly handlers: ((execution: Execution) => void)[] = [];
 
   constructor(
@@ -70,8 +76,11 @@ export class ExecutionEnds {
     private readonly slowPool: SlowPool,
     private readonly log: EventLog,
     private readonly admission: ExecutionsAdmission,
+    memory: OutputMemory,
     private readonly metrics: Metrics,
-  ) {}
+  ) {
+    this.memory = memory.apart();
+  }
 
   /** A process that dies between an end and its handlers tells nobody, so they are a wake-up only. They must not throw. */
   handle(handler: (execution: Execution) => void): void {
@@ -86,13 +95,19 @@ export class ExecutionEnds {
    */
   async end(execution: Execution, reason: Reason): Promise<TerminalStatus | undefined> {
     try {
-      const { last_sequence, ...known } = await this.leftovers(execution);
-      const writer = this.log.open({ ...execution, last_sequence });
-      return await this.endRun(execution, { ...reason, ...known, writer, isLimited: true });
+      return await this.withLeftovers(execution, ({ last_sequence, ...known }) => {
+        const writer = this.log.open({ ...execution, last_sequence });
+        return this.endRun(execution, { ...reason, ...known, writer, isLimited: true });
+      });
     } catch (error) {
       if (error instanceof FencedError) return undefined;
       throw error;
     }
+  }
+
+  /** Ends a run as {@link endRun}, with all that its attempts said and did not take back; everything it said is in its log. */
+  endInterrupted(execution: Execution, end: Omit<RunEnd, 'response'>): Promise<TerminalStatus> {
+    return this.withLeftovers(execution, ({ response }) => this.endRun(execution, { ...end, response }));
   }
 
   /**
@@ -124,14 +139,20 @@ export class ExecutionEnds {
     }
   }
 
-  /** What the log of an unfinished execution holds of its answer: all that its attempts said and did not take back. */
-  async saidSoFar(execution: Execution): Promise<string> {
-    return (await this.leftovers(execution)).response;
+  /** What an unfinished execution left, for as long as `work` takes. */
+  private async withLeftovers<Result>(
+    execution: Execution,
+    work: (left: Left) => Promise<Result>,
+  ): Promise<Result> {
+    const held = this.memory.open();
+    try {
+      return await work(await this.leftovers(execution, held));
+    } finally {
+      held.release();
+    }
   }
 
-  private async leftovers(
-    execution: Execution,
-  ): Promise<Pick<ExecutionEnd, 'response' | 'input_tokens' | 'output_tokens'> & { last_sequence: number }> {
+  private async leftovers(execution: Execution, held: HeldOutput): Promise<Left> {
     const { execution_id, revision_id } = execution;
     // `started` came with the acceptance.
     if (isUnbegun(execution)) return { last_sequence: 1, response: '', input_tokens: 0, output_tokens: 0 };
@@ -140,6 +161,6 @@ export class ExecutionEnds {
     if (!left) throw new Error(`The leftovers of the execution ${execution_id} can't be read.`);
     const { configuration, ...rest } = left;
     const order = configuration?.agents.map(({ agent_id }) => agent_id) ?? [];
-    return { ...rest, response: await spokenText(this.log.stored(execution_id), order) };
+    return { ...rest, response: await spokenText(this.log.stored(execution_id), { order, held }) };
   }
 }

@@ -4,6 +4,7 @@ import type { Step } from '../database/entities/step.entity.js';
 import type { CompiledRevision } from '../deployments/deployments.service.js';
 import { parseOverrides } from '../engine/definition.js';
 import type { Evaluator } from '../engine/evaluation.js';
+import type { HeldOutput } from '../engine/output-memory.js';
 import type { OutputLimits } from '../engine/output-meter.js';
 import type { RunObserver, RunOutcome, StepResult } from '../engine/runner.js';
 import { runGraph } from '../engine/runner.js';
@@ -38,6 +39,8 @@ export interface ExecutionRunOptions {
   ends: ExecutionEnds;
   metrics: Metrics;
   limits: OutputLimits;
+  /** Holds what `leftSteps` said already. */
+  held: HeldOutput;
   /** Seconds, where the deployment has no limit of its own. */
   defaultTimeoutS: number;
 }
@@ -149,7 +152,7 @@ export class ExecutionRun implements RunObserver {
   }
 
   private async runGraph(signal: AbortSignal): Promise<RunOutcome> {
-    const { execution, revision, models, evaluator, limits } = this.options;
+    const { execution, revision, models, evaluator, limits, held } = this.options;
     const { graph, runtime_config } = revision;
     const { query, chat_history, runtime_overrides } = execution.input;
     try {
@@ -161,6 +164,7 @@ export class ExecutionRun implements RunObserver {
         models,
         evaluator,
         limits,
+        held,
         observer: this,
         completed: this.findCheckpoints(),
         signal,
@@ -209,18 +213,20 @@ export class ExecutionRun implements RunObserver {
   private async finish(outcome: RunOutcome, reason: unknown): Promise<void> {
     await this.allSaved();
     const { execution, revision, ends } = this.options;
-    const end = { ...endOf(outcome, reason), response: outcome.response, ...outcome.usage };
+    const end = endOf(outcome, reason);
     // An earlier attempt may have said more than this one knows of.
-    if (execution.attempt > 1 && end.status !== 'completed') {
-      await this.writer.flush();
-      end.response = await ends.saidSoFar(execution);
-    }
-    await ends.endRun(execution, {
+    const isInterrupted = execution.attempt > 1 && end.status !== 'completed';
+    if (isInterrupted) await this.writer.flush();
+    const known = {
       ...end,
+      ...outcome.usage,
       first_chunk_at: this.writer.firstContentAt,
       writer: this.writer,
       isLimited: revision.runtime_config.max_concurrency !== undefined,
-    });
+    };
+    await (isInterrupted
+      ? ends.endInterrupted(execution, known)
+      : ends.endRun(execution, { ...known, response: outcome.response }));
   }
 
   /** @param logged resolves once what the step said is in the log, with the sequence of its last chunk */
@@ -256,15 +262,17 @@ export class ExecutionRun implements RunObserver {
   }
 }
 
+export interface TimeLimit {
+  reason: AppError;
+  remainingMs: number;
+}
+
 /** How long an execution may still run, and why it ends after that. The time of earlier attempts counts. */
 export function timeLimit({
   execution,
   revision,
   defaultTimeoutS,
-}: Pick<ExecutionRunOptions, 'execution' | 'revision' | 'defaultTimeoutS'>): {
-  reason: AppError;
-  remainingMs: number;
-} {
+}: Pick<ExecutionRunOptions, 'execution' | 'revision' | 'defaultTimeoutS'>): TimeLimit {
   const asked = execution.input.runtime_overrides.timeout;
   const seconds = typeof asked === 'number' ? asked : (revision.runtime_config.timeout ?? defaultTimeoutS);
   const reason = new AppError('timeout', `The execution took longer than its limit of ${seconds} s.`);

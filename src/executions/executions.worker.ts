@@ -11,6 +11,8 @@ import { ClosedError, isUnavailable } from '../database/unavailable.js';
 import { DeploymentsService } from '../deployments/deployments.service.js';
 import type { CompiledRevision } from '../deployments/deployments.service.js';
 import { Evaluator } from '../engine/evaluation.js';
+import { OutputMemory } from '../engine/output-memory.js';
+import type { HeldOutput } from '../engine/output-memory.js';
 import { AppError, toAppError } from '../errors.js';
 import { EventLog, FencedError } from '../event-log/event-log.js';
 import { Metrics } from '../metrics.js';
@@ -20,10 +22,11 @@ import { Claims } from './claims.js';
 import type { ClaimedExecution } from './claims.js';
 import { ExecutionEnds } from './ends.js';
 import { ExecutionRun, timeLimit } from './execution-run.js';
+import type { TimeLimit } from './execution-run.js';
 import { LostExecutions } from './lost-executions.js';
-import { RunningExecutions } from './running-executions.js';
+import { CancelledError, RunningExecutions } from './running-executions.js';
 import { StepStore } from './step-store.js';
-import { isCheckpoint } from './status.js';
+import { IS_CHECKPOINT, isCheckpoint } from './status.js';
 import { WorkerLeases } from './worker-leases.js';
 
 /** How long an execution waits, beyond the grace period, for a database that is away, to be handed back in order. */
@@ -33,6 +36,13 @@ const HAND_BACK_MS = 5000;
 const LAST_SEQUENCE = {
   name: 'execution-last-sequence',
   text: `SELECT last_sequence FROM execution_chunk WHERE execution_id = $1 ORDER BY first_sequence DESC LIMIT 1`,
+};
+/** How long what the checkpoints of earlier attempts said is. */
+const BYTES = {
+  name: 'execution-bytes',
+  text: `
+    SELECT coalesce(sum(octet_length(output::text)), 0)::float8 AS bytes FROM step
+     WHERE execution_id = $1 AND status ${IS_CHECKPOINT}`,
 };
 /** Which of some agents are in the log: an agent may have spoken though the row of its step was lost. */
 const SPEAKERS = `
@@ -60,6 +70,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
     private readonly deployments: DeploymentsService,
     private readonly models: ModelRegistry,
     private readonly evaluator: Evaluator,
+    private readonly memory: OutputMemory,
     private readonly steps: StepStore,
     private readonly running: RunningExecutions,
     private readonly ends: ExecutionEnds,
@@ -109,6 +120,7 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
   private async runClaimed(execution: ClaimedExecution, letGo: AbortSignal): Promise<void> {
     const { execution_id: executionId } = execution;
     const cancelled = this.running.add(execution);
+    const held = this.memory.open();
     try {
       if (execution.cancel_requested_at)
         return void (await this.ends.end(execution, { status: 'cancelled' }));
@@ -120,6 +132,8 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
       if (execution.input.on_disconnect === 'cancel') {
         await this.running.cancelWhenAbandoned(executionId, revision.runtime_config.disconnect_grace_ms);
       }
+      const signal = AbortSignal.any([letGo, cancelled]);
+      if (execution.attempt > 1 && !(await this.takeRoom(execution, { held, limit, signal }))) return;
       const left = await this.findLeftovers(execution);
       const { log, models, evaluator, steps, ends, metrics } = this;
       const { MAX_AGENT_OUTPUT, MAX_EXECUTION_OUTPUT, EXECUTION_TIMEOUT_S } = this.config;
@@ -135,12 +149,14 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
         ends,
         metrics,
         limits: { agent: MAX_AGENT_OUTPUT, execution: MAX_EXECUTION_OUTPUT },
+        held,
         defaultTimeoutS: EXECUTION_TIMEOUT_S,
       }).run({
         letGo,
         cancelled,
       });
     } finally {
+      held.release();
       this.running.remove(executionId, cancelled);
     }
   }
@@ -190,6 +206,32 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
       if (error instanceof AppError) return error;
       throw error;
     });
+  }
+
+  /**
+   * Waits until this process has room for what the checkpoints of earlier attempts said. @returns whether it is to be run: it may be
+   * cancelled meanwhile, or run out of time, and has ended then. Rejects with any other reason of `signal`.
+   */
+  private async takeRoom(
+    execution: ClaimedExecution,
+    { held, limit, signal }: { held: HeldOutput; limit: TimeLimit; signal: AbortSignal },
+  ): Promise<boolean> {
+    const { rows } = await this.pool.query<{ bytes: number }>({ ...BYTES, values: [execution.execution_id] });
+    const begun = performance.now();
+    const late = new AbortController();
+    const timer = setTimeout(() => late.abort(limit.reason), limit.remainingMs);
+    try {
+      await held.take(rows[0]?.bytes ?? 0, AbortSignal.any([signal, late.signal]));
+      execution.spent_ms += performance.now() - begun;
+      return true;
+    } catch (reason) {
+      if (reason === limit.reason) await this.endWith(execution, limit.reason);
+      else if (reason instanceof CancelledError) await this.ends.end(execution, { status: 'cancelled' });
+      else throw reason;
+      return false;
+    } finally {
+      clearTimeout(timer);
+    }
   }
 
   private async findLeftovers({

@@ -47,4 +47,6 @@ export const IS_COMPLETED = `= 'completed'`;
 export const IS_ERROR = `= 'error'`;
 export const IS_CANCELLED = `= 'cancelled'`;
 export const IS_UNFINISHED = `IN ('queued', 'running')`;
+/** As {@link isCheckpoint}. */
+export const IS_CHECKPOINT = `NOT IN ('running', 'cancelled')`;
 export const IS_FINAL = `NOT IN ('queued', 'running')`;

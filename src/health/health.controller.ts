@@ -4,6 +4,7 @@ import { ApiExcludeEndpoint, ApiTags } from '@nestjs/swagger';
 import { HealthCheck, HealthCheckService, HealthIndicatorService } from '@nestjs/terminus';
 import type { HealthCheckResult, HealthIndicatorResult } from '@nestjs/terminus';
 import { NotificationQueue } from '../database/notification-queue.js';
+import { OutputMemory } from '../engine/output-memory.js';
 import { AppError } from '../errors.js';
 import { Metrics } from '../metrics.js';
 import { ExecutionQueue } from '../queue/execution-queue.js';
@@ -21,6 +22,7 @@ export class HealthController implements OnModuleDestroy {
     private readonly indicators: HealthIndicatorService,
     private readonly notifications: NotificationQueue,
     private readonly queue: ExecutionQueue,
+    private readonly memory: OutputMemory,
     private readonly metrics: Metrics,
   ) {}
 
@@ -63,6 +65,7 @@ export class HealthController implements OnModuleDestroy {
     // The other figures are wanted most when the queue can't be reached.
     const size = await this.queue.size().catch(() => undefined);
     this.metrics.queueDepth.set(size?.waiting ?? NaN);
+    this.metrics.heldOutput.set(this.memory.held);
     return this.metrics.registry.metrics();
   }
 

@@ -3,6 +3,7 @@ import request from 'supertest';
 import { WorkflowsService } from '../../src/workflows/workflows.service.js';
 import { supportDesk } from '../../src/workflows/example.js';
 import { Evaluator } from '../../src/engine/evaluation.js';
+import { OutputMemory } from '../../src/engine/output-memory.js';
 import { runGraph } from '../../src/engine/runner.js';
 import { ModelRegistry } from '../../src/models/model-registry.js';
 import { rounds } from '../support/effort.js';
@@ -334,6 +335,7 @@ describe('the example', () => {
       models: server.app.get(ModelRegistry, { strict: false }),
       evaluator: server.app.get(Evaluator, { strict: false }),
       limits: { agent: Infinity, execution: Infinity },
+      held: server.app.get(OutputMemory, { strict: false }).open(),
       observer: {
         stepStarted: () => undefined,
         content: () => undefined,

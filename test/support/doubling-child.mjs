@@ -6,6 +6,7 @@ const load = (file) => import(new URL(`../../dist/${file}`, import.meta.url).hre
 const { EvaluationPool } = await load('engine/evaluation-pool.js');
 const { Evaluations } = await load('engine/evaluation.js');
 const { compileTemplate } = await load('engine/templates.js');
+const { OutputMemory } = await load('engine/output-memory.js');
 const { atOnce } = await load('engine/turns.js');
 const { Metrics } = await load('metrics.js');
 
@@ -25,7 +26,8 @@ for (const way of WAYS) {
   for (const comparison of ['a == b', 'a < b', 'a contains b']) {
     const source = `{% assign a = "x" %}{% assign b = "x" %}${way.repeat(28)}{% if ${comparison} %}yes{% endif %}`;
     const template = atOnce(compileTemplate(source, { pointer: '', faults: [] }));
-    const evaluations = new Evaluations(pool, new AbortController().signal);
+    const held = new OutputMemory(Infinity, 1).open();
+    const evaluations = new Evaluations(pool, new AbortController().signal, held);
     const scope = { query: '', variables: {}, chat_history: [], evaluations, earlier: () => ({}) };
     codes.push(
       await template.render(scope).then(

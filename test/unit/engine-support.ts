@@ -3,6 +3,7 @@ import { AppError, type Fault } from '../../src/errors.js';
 import { EvaluationPool } from '../../src/engine/evaluation-pool.js';
 import { Evaluations, type Evaluator } from '../../src/engine/evaluation.js';
 import { compileGraph, type Graph } from '../../src/engine/graph.js';
+import { OutputMemory } from '../../src/engine/output-memory.js';
 import {
   runGraph,
   type GraphRun,
@@ -40,8 +41,11 @@ export function openPool({ budget_ms = 2000, threads = 2 } = {}) {
 export const { pool } = openPool();
 
 /** The evaluations of a run that nobody stops. */
-export function evaluations(evaluator: Evaluator = pool): Evaluations {
-  return new Evaluations(evaluator, new AbortController().signal);
+export function evaluations(
+  evaluator: Evaluator = pool,
+  held = new OutputMemory(Infinity, 1).open(),
+): Evaluations {
+  return new Evaluations(evaluator, new AbortController().signal, held);
 }
 
 /** How a scripted model answers its `call`th request, counted from 1: each item of the iteration is one batch of parts. */
@@ -248,6 +252,7 @@ export function execute(
     observer = new Recorder(),
     evaluator = pool,
     limits = { agent: Infinity, execution: Infinity },
+    held = new OutputMemory(Infinity, 1).open(),
     completed,
     signal = new AbortController().signal,
   }: { input?: Partial<RunInput> } & Partial<Omit<GraphRun, 'graph' | 'input'>> = {},
@@ -258,6 +263,7 @@ export function execute(
     models,
     evaluator,
     limits,
+    held,
     observer,
     completed,
     signal,

@@ -1,8 +1,9 @@
 import { describe, expect, it } from '@jest/globals';
 import { AppError, type Fault } from '../../src/errors.js';
+import { OutputMemory } from '../../src/engine/output-memory.js';
 import { compileTemplate, type EarlierResults, type TemplateScope } from '../../src/engine/templates.js';
 import { atOnce } from '../../src/engine/turns.js';
-import { evaluations } from './engine-support.js';
+import { evaluations, openPool } from './engine-support.js';
 
 const nothingEarlier: EarlierResults = { outputs: {}, errors: {} };
 
@@ -26,7 +27,7 @@ async function render(
   const faults: Fault[] = [];
   const template = atOnce(compileTemplate(source, { pointer: '/t', faults }));
   if (template === undefined) throw new Error(faults[0]?.detail);
-  return template.render(scopeOf(scope, earlier));
+  return (await template.render(scopeOf(scope, earlier))).text;
 }
 
 function faultIn(source: string): string {
@@ -132,14 +133,14 @@ describe('a template', () => {
     const earlier = (): never => {
       throw new Error('asked');
     };
-    expect(await template?.render({ ...scopeOf(), earlier })).toBe('qQ');
+    expect(await template?.render({ ...scopeOf(), earlier })).toMatchObject({ text: 'qQ' });
   });
 
   it.each(['{{ query }}', '{{ query | upcase }}'])(
     'waits while its run holds much that is not said yet: %s',
     async (source) => {
       const own = evaluations();
-      const letGo = own.hold(10_000_000);
+      const letGo = await own.take(10_000_000);
       let text: string | undefined;
       const rendered = render(source, { evaluations: own, query: 'A' }).then((made) => (text = made));
       for (let turn = 0; turn < 100; turn++) await new Promise((resolve) => setImmediate(resolve));
@@ -149,6 +150,29 @@ describe('a template', () => {
       expect(text).toBe('A');
     },
   );
+
+  it('is made once more in a thread when all runs hold too much for it, and counts once', async () => {
+    const memory = new OutputMemory(1000, 1);
+    const [other, held] = [memory.open(), memory.open()];
+    other.add(1_000_000);
+    const { pool: threads, metrics } = openPool({ budget_ms: 1 });
+    const own = evaluations(threads, held);
+    const query = 'a'.repeat(100_000);
+    let text: string | undefined;
+    const rendered = render('{{ query | upcase }}', { evaluations: own, query }).then(
+      (made) => (text = made),
+    );
+    const inThreads = async () =>
+      (await metrics.evaluations.get()).values.find(({ labels }) => labels.place === 'thread')?.value;
+    while ((await inThreads()) !== 1) await new Promise((resolve) => setTimeout(resolve, 5));
+    await new Promise((resolve) => setTimeout(resolve, 20));
+    expect([text, held.bytes]).toEqual([undefined, 0]);
+    other.release();
+    await rendered;
+    expect(text).toBe(query.toUpperCase());
+    expect(await inThreads()).toBe(2);
+    expect(held.bytes).toBe(query.length);
+  });
 
   it('is refused when it is too long or nested too deeply', async () => {
     expect(faultIn('x'.repeat(100_001))).toContain('longer than 100000 characters');
@@ -237,7 +261,7 @@ describe('a template', () => {
     );
     const scope = (length: number) => scopeOf({ variables: { l: Array.from({ length }, () => 1) } });
     await expect(template?.render(scope(2000))).rejects.toThrow(/500 ms|render limit/);
-    expect(await template?.render(scope(2))).toBe('abababab');
+    expect(await template?.render(scope(2))).toMatchObject({ text: 'abababab' });
   });
 
   it('reads dates in UTC, wherever the server stands', async () => {

@@ -55,15 +55,9 @@ export const llmAgent = agentKind(schema, function* (config, { pointer, models, 
   return (
     prompt && {
       async run(context) {
-        const systemPrompt = await prompt.render(context);
-        const length = refuseLongPrompt(systemPrompt, context);
-        const { evaluations } = context;
-        // Many may begin at the same moment, each with all that the agents before it said.
-        for (let wait = evaluations.room(); wait !== undefined; wait = evaluations.room()) await wait;
-        const letGo = evaluations.hold(length);
+        const { text: systemPrompt, letGo } = await prompt.render(context);
         try {
-          await evaluations.turn();
-          return await answer(prepare(config, systemPrompt, context), context);
+          return await answerWith(config, systemPrompt, context);
         } finally {
           letGo();
         }
@@ -71,6 +65,22 @@ export const llmAgent = agentKind(schema, function* (config, { pointer, models, 
     }
   );
 });
+
+async function answerWith(
+  config: LlmConfig,
+  systemPrompt: string,
+  context: AgentContext,
+): Promise<ModelUsage> {
+  const { evaluations } = context;
+  // Many may begin at the same moment, each with all that the agents before it said.
+  const letGo = await evaluations.take(refuseLongPrompt(systemPrompt, context) - systemPrompt.length);
+  try {
+    await evaluations.turn();
+    return await answer(prepare(config, systemPrompt, context), context);
+  } finally {
+    letGo();
+  }
+}
 
 /** @returns its length */
 function refuseLongPrompt(systemPrompt: string, { chat_history, query, sources }: AgentContext): number {

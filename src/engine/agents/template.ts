@@ -2,6 +2,7 @@ import { z } from 'zod';
 import { AppError, OutputLimitError } from '../../errors.js';
 import { NO_USAGE } from '../../models/usage.js';
 import { EvaluationLimitError } from '../bounds.js';
+import type { MadeText } from '../evaluation.js';
 import { compileTemplate, type Template } from '../templates.js';
 import { toPointer } from '../validation.js';
 import { agentKind, type AgentContext } from './agent.js';
@@ -17,8 +18,7 @@ export const templateAgent = agentKind(
     return (
       template && {
         async run(context) {
-          const text = await rendered(template, context);
-          const letGo = context.evaluations.hold(text.length);
+          const { text, letGo } = await rendered(template, context);
           try {
             if (text !== '') await context.emit(text);
           } finally {
@@ -32,7 +32,7 @@ export const templateAgent = agentKind(
 );
 
 /** What a template makes is what its agent says, so one that makes too much is refused as an agent that says too much. */
-async function rendered(template: Template, context: AgentContext): Promise<string> {
+async function rendered(template: Template, context: AgentContext): Promise<MadeText> {
   try {
     return await template.render(context);
   } catch (error) {
