@@ -150,7 +150,8 @@ async function callerOf(call: ModelCall | undefined): Promise<StackProcess | und
 }
 
 describe('processes that are killed', () => {
-  withChaos({ MAX_LOST_ATTEMPTS: '3' });
+  // The fewer of its losses have to be told from those of bystanders, the sooner one of these would be given up.
+  withChaos({ MAX_LOST_ATTEMPTS: '2' });
 
   it(
     'lose none of many executions, repeat none, run no finished step again, and give up only the one that kills them',

@@ -9,7 +9,7 @@ import type { ServerProcess } from '../support/studio-process.js';
 import { withProcesses } from '../support/with-processes.js';
 import { WsClient } from '../support/ws-client.js';
 import { fuzzedRequest } from './fuzzed-requests.js';
-import type { Known } from './fuzzed-requests.js';
+import type { FuzzedRequest, Known } from './fuzzed-requests.js';
 import { hostileValue, mutate } from './hostile-values.js';
 import { MESSAGES, sample } from './interface.js';
 import { exchange } from './raw-exchange.js';
@@ -19,14 +19,14 @@ import type { Exchange } from './raw-exchange.js';
 const SEED = Number(process.env.FUZZ_SEED ?? Math.floor(Math.random() * 2 ** 31));
 const REQUESTS = rounds(2500, 20);
 const MESSAGES_SENT = 1000;
-const AT_ONCE = 8;
+const AT_ONCE = 16;
 /** After so many requests what they are about is made anew: some of them delete it. */
 const RENEWED_AFTER = 100;
 /** A request that is neither answered nor closed after so long hangs, ms: no limit of the server below is as long. */
 const BOUND_MS = 30_000;
 
 const system = withProcesses({
-  env: { REQUEST_TIMEOUT_MS: '2000', KEEP_ALIVE_TIMEOUT_MS: '500', EXECUTION_TIMEOUT_S: '10' },
+  env: { REQUEST_TIMEOUT_MS: '500', KEEP_ALIVE_TIMEOUT_MS: '200', EXECUTION_TIMEOUT_S: '10' },
 });
 
 async function makeKnown(studio: Studio): Promise<Known> {
@@ -61,26 +61,27 @@ function faultOf(answer: Exchange, method: string): string | undefined {
   return ERROR_CODES[code]?.status === status ? undefined : `the code ${code} with the status ${status}`;
 }
 
-/** Sends all requests, some at once. @returns what was wrong, with each request */
-async function fuzzHttp(server: ServerProcess): Promise<string[]> {
+/** All requests. Those that know of the same are made together, so that they do not depend on who is answered first. */
+async function* requestsTo(server: ServerProcess): AsyncGenerator<FuzzedRequest, void, void> {
   const random = new Random(SEED);
   const studio = new Studio(server.url);
-  const faults: string[] = [];
-  for (let sent = 0; sent < REQUESTS && server.lives; sent += RENEWED_AFTER) {
+  for (let made = 0; made < REQUESTS && server.lives; made += RENEWED_AFTER) {
     const known = await makeKnown(studio);
-    // Made before they are sent, so that their order does not depend on who is answered first.
-    const requests = Array.from({ length: Math.min(RENEWED_AFTER, REQUESTS) }, () =>
-      fuzzedRequest(random, known),
-    );
-    const next = requests.values();
-    const sendAll = async () => {
-      for (const { bytes, half, method } of next) {
-        const fault = faultOf(await exchange(server.url, bytes, { boundMs: BOUND_MS, half }), method);
-        if (fault) faults.push(`${fault}: ${JSON.stringify(bytes.toString('latin1').slice(0, 600))}`);
-      }
-    };
-    await Promise.all(Array.from({ length: AT_ONCE }, sendAll));
+    yield* Array.from({ length: Math.min(RENEWED_AFTER, REQUESTS) }, () => fuzzedRequest(random, known));
   }
+}
+
+/** Sends all requests, some at once. @returns what was wrong, with each request */
+async function fuzzHttp(server: ServerProcess): Promise<string[]> {
+  const faults: string[] = [];
+  const requests = requestsTo(server);
+  const sendAll = async () => {
+    for await (const { bytes, half, method } of requests) {
+      const fault = faultOf(await exchange(server.url, bytes, { boundMs: BOUND_MS, half }), method);
+      if (fault) faults.push(`${fault}: ${JSON.stringify(bytes.toString('latin1').slice(0, 600))}`);
+    }
+  };
+  await Promise.all(Array.from({ length: AT_ONCE }, sendAll));
   return faults;
 }
 

@@ -10,7 +10,7 @@ import { Studio, faultsOfStream, textOf, until, upstreamAgent } from '../support
 import type { EventStream, Frame } from '../support/studio.js';
 import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 
-const SILENCE_MS = 20_000;
+const SILENCE_MS = 12_000;
 const READ_TIMEOUT = '5s';
 const HEARTBEAT_INTERVAL_MS = '1000';
 
@@ -134,7 +134,7 @@ suite('behind an nginx that buffers, compresses and gives up after 5 s', () => {
     }
   });
 
-  it('a stream survives that the model is silent for 20 s, which an answer without heartbeats does not', async () => {
+  it('a stream survives that the model is silent for 12 s, which an answer without heartbeats does not', async () => {
     const { executionId, readers } = await startTwice('silence');
     const waiting = fetch(`${nginx.url}/api/workflows/execute`, {
       method: 'POST',

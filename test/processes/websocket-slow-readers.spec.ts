@@ -16,7 +16,7 @@ const MIB = 1024 * 1024;
 const SOCKETS = 50;
 const STREAMS = 100;
 /** This long is what is tested, and no wait for anything. */
-const STALL_MS = 10_000;
+const STALL_MS = 5000;
 const SAMPLE_MS = 2500;
 /** What stalled sockets may make the server hold. */
 const MOST_HELD = 64 * MIB;
@@ -25,9 +25,9 @@ const MOST_HELD_BY_ONE = 16 * MIB;
 
 /** What the upstream says, by the query that it is asked. */
 const answers: Record<string, string[]> = {
-  long: numbered(10_000, 4096),
+  long: numbered(5000, 4096),
   /** Once the gate is open. */
-  gated: numbered(100, 4096),
+  gated: numbered(50, 4096),
   neighbour: numbered(2000, 12),
 };
 
