@@ -90,7 +90,8 @@ export class Evaluations {
    * @param length in UTF-16 code units
    */
   async take(length: number): Promise<() => void> {
-    await this.untilRoom();
+    // Many ask in one turn: each has to see what the ones before it took.
+    while (this.held >= MOST_HELD) await this.whileFull();
     this.held += length;
     try {
       await this.output.take(length, this.signal);
@@ -122,7 +123,7 @@ export class Evaluations {
    */
   async textInThread(make: () => EvaluationTask): Promise<MadeText> {
     for (;;) {
-      await this.untilRoom();
+      while (this.held >= MOST_HELD) await this.whileFull();
       const made = await this.turns.run(async () =>
         this.held < MOST_HELD ? this.evaluate(make) : undefined,
       );
@@ -163,9 +164,9 @@ export class Evaluations {
     return evaluator.run(make, { spent_ms, signal });
   }
 
-  /** Resolves while the run itself holds little enough. */
-  private async untilRoom(): Promise<void> {
-    while (this.held >= MOST_HELD) await new Promise<void>((resolve) => this.waiting.push(resolve));
+  /** Resolves when the run itself holds less. */
+  private whileFull(): Promise<void> {
+    return new Promise((resolve) => this.waiting.push(resolve));
   }
 
   private letGo(length: number): void {

@@ -13,7 +13,7 @@ const SLOTS = 10;
 const WAITING = 450;
 const RENEWALS = 12;
 /** The tables that have rows of each execution. */
-const OF_EXECUTIONS = ['execution', 'execution_chunk', 'step', 'bullmq.job'];
+const OF_EXECUTIONS = ['execution', 'execution_chunk', 'execution_subscriber', 'step', 'bullmq.job'];
 /** Within this time nothing is written to them any more. */
 const QUIET_MS = 40_000;
 const PAGE_BYTES = 8192;

@@ -151,6 +151,19 @@ describe('a template', () => {
     },
   );
 
+  it('of many agents that begin at once are made as long as the run holds little', async () => {
+    const memory = new OutputMemory(Infinity, 1);
+    const own = evaluations(undefined, memory.open());
+    const query = 'a'.repeat(100_000);
+    const source = '{{ query }}'.repeat(40);
+    const made: string[] = [];
+    for (let agent = 0; agent < 10; agent++)
+      void render(source, { evaluations: own, query }).then((text) => made.push(text));
+    for (let turn = 0; turn < 100; turn++) await new Promise((resolve) => setImmediate(resolve));
+    expect(made).toHaveLength(3);
+    expect(memory.held).toBe(3 * 4_000_000);
+  });
+
   it('is made once more in a thread when all runs hold too much for it, and counts once', async () => {
     const memory = new OutputMemory(1000, 1);
     const [other, held] = [memory.open(), memory.open()];
