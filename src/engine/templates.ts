@@ -62,6 +62,7 @@ export class Template {
       const texts = this.findTexts(scope);
       if (texts === undefined) return await evaluations.textInThread(() => this.toTask(scope));
       const letGo = await evaluations.take(texts.reduce((length, text) => length + text.length, 0));
+      await evaluations.turn(); // others may have got their room in the same moment
       evaluations.countInline();
       return { text: texts.join(''), letGo };
     } catch (error) {

@@ -156,11 +156,11 @@ describe('a template', () => {
     const own = evaluations(undefined, memory.open());
     const query = 'a'.repeat(100_000);
     const source = '{{ query }}'.repeat(40);
-    const made: string[] = [];
+    let made = 0;
     for (let agent = 0; agent < 10; agent++)
-      void render(source, { evaluations: own, query }).then((text) => made.push(text));
+      void render(source, { evaluations: own, query }).then(() => made++);
     for (let turn = 0; turn < 100; turn++) await new Promise((resolve) => setImmediate(resolve));
-    expect(made).toHaveLength(3);
+    expect(made).toBe(3);
     expect(memory.held).toBe(3 * 4_000_000);
   });
 
