@@ -2,7 +2,7 @@ import { spawnSync } from 'node:child_process';
 import all, { server } from './jest.config.js';
 
 /** The specs that depend on what carries the queue; the others run with it in PostgreSQL only. */
-const OF_THE_QUEUE = ['accepted', 'clocks', 'crash', 'redis', 'zombie'];
+const OF_THE_QUEUE = ['accepted', 'crash', 'redis', 'zombie'];
 
 const project = (queue, options) => ({
   ...server,

@@ -10,14 +10,21 @@ import type { EventStream, Frame } from '../support/studio.js';
 /** So long is no lock kept. */
 const PAST_THE_LOCK_MS = 2.5 * LOCK_MS;
 const PIECES = 8;
+/** How often the worker of an execution is killed. */
+const KILLS = 4;
 
+/** The clocks of its processes are wrong by an hour, of some ahead and of some behind: nothing is told by them. */
 let chaos: Chaos;
 let deployment: string;
 /** Its answers say which call they came from. */
 let tagged: string;
 
 beforeAll(async () => {
-  chaos = await Chaos.start();
+  const preload = new URL('../support/wrong-clock.mjs', import.meta.url).href;
+  chaos = await Chaos.start({
+    workers: 3,
+    env: { NODE_OPTIONS: `--import=${preload}`, MAX_LOST_ATTEMPTS: '50' },
+  });
   deployment = await chaos.studio().deploy({ agents: [chaos.ledger.agent('a', PIECES, 10)] });
   tagged = await chaos.studio().deploy({ agents: [chaos.ledger.agent('tagged', PIECES, 10)] });
 }, START_MS);
@@ -149,11 +156,12 @@ describe('a worker that is stopped for longer than its lock, with the items of a
   it('has them taken over, and all readers of the batch have one stream, without its last words', async () => {
     await chaos.reporting(async () => {
       const { ledger, stack } = chaos;
-      const [zombie, other] = stack.workers;
+      const [zombie, ...others] = stack.workers;
+      const [other] = others;
       const routes = [0, 1].map((index) => new BatchRoutes(chaos.studio(index)));
       const [here, there] = routes;
       if (!zombie || !other || !here || !there) throw new Error('There is no such process.');
-      await other.stop(); // all items are the zombie's
+      await Promise.all(others.map((worker) => worker.stop())); // all items are the zombie's
       const queries = SAID.map((said) => {
         const query = chaos.marker('item');
         ledger.hold(query, said);
@@ -180,13 +188,13 @@ describe('a worker that is stopped for longer than its lock, with the items of a
       expect(await Promise.all(calls.map(({ closed }) => closed))).toEqual(SAID.map(() => true));
       queries.forEach((query) => ledger.letGo(query));
       const back = reading(await here.follow(batchId, left.length));
-      const [log = [], ...others] = await Promise.all(readers.map(({ whole }) => whole));
+      const [log = [], ...logs] = await Promise.all(readers.map(({ whole }) => whole));
       expect(faultsOfMerged(log, batchId)).toEqual([]);
-      others.push(
+      logs.push(
         [...left, ...(await back.whole)],
         ...(await Promise.all(routes.map((at) => at.whole(batchId)))),
       );
-      for (const frames of others) expect(linesOf(frames)).toEqual(linesOf(log));
+      for (const frames of logs) expect(linesOf(frames)).toEqual(linesOf(log));
       SAID.forEach((said, index) => expectTakenOver(byItem(log).get(`item ${index}`) ?? [], said));
       const results = await there.results(batchId);
       const rows = await chaos.rows(results.map(({ execution_id }) => execution_id));
@@ -223,6 +231,35 @@ describe('an api process that is stopped for a while', () => {
       });
       expect(faultsOfStream(await again.frames(), again.executionId)).toEqual([]);
       expect(zombie.starts).toBe(1);
+    });
+  }, 120_000);
+});
+
+describe('workers that are killed', () => {
+  it('have what they ran taken over, each time, and the living ones nothing', async () => {
+    await chaos.reporting(async () => {
+      const { ledger } = chaos;
+      const marker = chaos.marker('moving');
+      const still = chaos.marker('still');
+      for (const held of [marker, still]) ledger.hold(held);
+      const run = chaos.client(deployment, marker).stream();
+      const other = chaos.client(deployment, still).stream();
+      const keeper = await chaos.callerOf(await ledger.call(still, 1));
+      let kills = 0;
+      for (let call = 1; kills < KILLS; call++) {
+        const worker = await chaos.callerOf(await ledger.call(marker, call));
+        if (worker === keeper) break; // killing it would take the other one, too
+        worker.kill('SIGKILL');
+        kills++;
+      }
+      expect(ledger.of(still)).toHaveLength(1);
+      for (const held of [marker, still]) ledger.letGo(held);
+      const speakers = () => [{ agent_id: 'a', pieces: PIECES }];
+      await expectWhole(chaos, await Promise.all([run, other]), { speakers });
+      if (kills === 0) {
+        keeper.kill('SIGKILL');
+        await chaos.client(deployment).stream();
+      }
     });
   }, 120_000);
 });

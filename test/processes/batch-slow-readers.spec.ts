@@ -12,7 +12,7 @@ import type { Frame } from '../support/studio.js';
 import { Upstream, chatDelta, chatEnd, writeStream } from '../support/upstream.js';
 
 const MIB = 1024 * 1024;
-const READERS = 30;
+const READERS = 20;
 /** What one reader is sent in all is far more than what fits into the buffers on its way. */
 const ITEMS = 10;
 const DELTAS = 250;
@@ -21,7 +21,7 @@ const DELTA_BYTES = 4096;
 const STALL_MS = 4000;
 const SAMPLE_MS = 2000;
 /** What the stalled readers may make the server hold; if all that they have not read waited for them, it were 300 MB. */
-const MOST_HELD = 64 * MIB;
+const MOST_HELD = 48 * MIB;
 const MOST_RESIDENT = 96 * MIB;
 
 let upstream: Upstream;
@@ -86,7 +86,7 @@ async function memory(): Promise<{ held: number; resident: number }> {
   return { held, resident: (await server.memory()).now };
 }
 
-it('30 readers at 1 KiB a second of a batch neither fill the memory nor hold up it or a neighbour, and miss nothing', async () => {
+it('20 readers at 1 KiB a second of a batch neither fill the memory nor hold up it or a neighbour, and miss nothing', async () => {
   // The warm baseline: after the same batch, read by one fast reader, so that code and heap have the size that it takes.
   await readFast('large');
   const warm = await memory();

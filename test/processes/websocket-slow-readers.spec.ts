@@ -13,13 +13,13 @@ import type { UpstreamRequest } from '../support/upstream.js';
 import { WsClient } from '../support/ws-client.js';
 
 const MIB = 1024 * 1024;
-const SOCKETS = 50;
-const STREAMS = 100;
+const SOCKETS = 25;
+const STREAMS = 50;
 /** This long is what is tested, and no wait for anything. */
 const STALL_MS = 5000;
 const SAMPLE_MS = 2500;
 /** What stalled sockets may make the server hold. */
-const MOST_HELD = 64 * MIB;
+const MOST_HELD = 40 * MIB;
 /** The same for one of them, however many streams it has: a piece, its frames and what the allocator has not given back. */
 const MOST_HELD_BY_ONE = 16 * MIB;
 
@@ -27,7 +27,7 @@ const MOST_HELD_BY_ONE = 16 * MIB;
 const answers: Record<string, string[]> = {
   long: numbered(5000, 4096),
   /** Once the gate is open. */
-  gated: numbered(50, 4096),
+  gated: numbered(100, 4096),
   neighbour: numbered(2000, 12),
 };
 
@@ -113,7 +113,7 @@ async function mostHeld(): Promise<number> {
 
 const parked = async () => (await server.held('event-log/log-subscriptions.js', 'LogSubscription')).count;
 
-it('50 sockets at 1 KiB a second neither fill the memory nor hold up the run or a neighbour, and miss nothing', async () => {
+it('25 sockets at 1 KiB a second neither fill the memory nor hold up the run or a neighbour, and miss nothing', async () => {
   await readFast('long');
   const warm = (await server.held()).held;
   const { body } = await studio.json<{ execution_id: string }>('/api/workflows/execute/async', {
@@ -148,7 +148,7 @@ it('50 sockets at 1 KiB a second neither fill the memory nor hold up the run or 
   }
 }, 180_000);
 
-it('100 streams on one socket that does not read wait with empty hands, and all come whole when it reads', async () => {
+it('50 streams on one socket that does not read wait with empty hands, and all come whole when it reads', async () => {
   const client = await WsClient.open(server.url);
   try {
     const begun = await Promise.all(
