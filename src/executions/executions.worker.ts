@@ -132,8 +132,8 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
       if (execution.input.on_disconnect === 'cancel') {
         await this.running.cancelWhenAbandoned(executionId, revision.runtime_config.disconnect_grace_ms);
       }
-      const signal = AbortSignal.any([letGo, cancelled]);
-      if (execution.attempt > 1 && !(await this.takeRoom(execution, { held, limit, signal }))) return;
+      const signals = [letGo, cancelled];
+      if (execution.attempt > 1 && !(await this.takeRoom(execution, { held, limit, signals }))) return;
       const left = await this.findLeftovers(execution);
       const { log, models, evaluator, steps, ends, metrics } = this;
       const { MAX_AGENT_OUTPUT, MAX_EXECUTION_OUTPUT, EXECUTION_TIMEOUT_S } = this.config;
@@ -210,18 +210,18 @@ export class ExecutionsWorker implements OnApplicationBootstrap, OnModuleDestroy
 
   /**
    * Waits until this process has room for what the checkpoints of earlier attempts said. @returns whether it is to be run: it may be
-   * cancelled meanwhile, or run out of time, and has ended then. Rejects with any other reason of `signal`.
+   * cancelled meanwhile, or run out of time, and has ended then. Rejects with any other reason of `signals`.
    */
   private async takeRoom(
     execution: ClaimedExecution,
-    { held, limit, signal }: { held: HeldOutput; limit: TimeLimit; signal: AbortSignal },
+    { held, limit, signals }: { held: HeldOutput; limit: TimeLimit; signals: AbortSignal[] },
   ): Promise<boolean> {
     const { rows } = await this.pool.query<{ bytes: number }>({ ...BYTES, values: [execution.execution_id] });
     const begun = performance.now();
     const late = new AbortController();
     const timer = setTimeout(() => late.abort(limit.reason), limit.remainingMs);
     try {
-      await held.take(rows[0]?.bytes ?? 0, AbortSignal.any([signal, late.signal]));
+      await held.take(rows[0]?.bytes ?? 0, AbortSignal.any([...signals, late.signal]));
       execution.spent_ms += performance.now() - begun;
       return true;
     } catch (reason) {

@@ -1,7 +1,7 @@
 import { afterAll, beforeAll, describe, expect, it } from '@jest/globals';
 import { Chaos, PATIENCE_MS, START_MS } from '../support/chaos.js';
 import { expectWhole } from '../support/chaos-checks.js';
-import { until } from '../support/studio.js';
+import { faultsOfStream, until } from '../support/studio.js';
 
 /** From its second loss on an execution is a suspect. */
 const UNSUSPECTED_LOSSES = 2;
@@ -19,7 +19,34 @@ afterAll(() => chaos?.stop(), START_MS);
 
 const speakers = () => [{ agent_id: 'a', pieces: PIECES }];
 
+/** Kills each worker that takes up this execution, so many times; the supervisor starts them again. */
+async function poison(marker: string, losses: number): Promise<void> {
+  for (let loss = 1; loss <= losses; loss++) {
+    const worker = await chaos.callerOf(await chaos.ledger.call(marker, loss));
+    worker.kill('SIGKILL');
+  }
+}
+
 describe('an execution that kills each worker', () => {
+  it('ends as `worker_lost` after so many, and others go on', async () => {
+    await chaos.reporting(async () => {
+      const { ledger } = chaos;
+      const marker = chaos.marker('poison');
+      ledger.hold(marker);
+      const poisoned = chaos.client(deployment, marker).stream();
+      await poison(marker, UNSUSPECTED_LOSSES + MOST_LOSSES);
+      const bystanders = await Promise.all(
+        Array.from({ length: 10 }, () => chaos.client(deployment).stream()),
+      );
+      const { frames, executionId } = await poisoned;
+      expect(faultsOfStream(frames, executionId)).toEqual([]);
+      expect(frames.at(-1)?.chunk).toMatchObject({ status: 'error', code: 'worker_lost' });
+      expect(await chaos.rows([executionId])).toMatchObject([{ status: 'error', code: 'worker_lost' }]);
+      expect(ledger.of(marker)).toHaveLength(UNSUSPECTED_LOSSES + MOST_LOSSES);
+      await expectWhole(chaos, bystanders, { speakers });
+    });
+  }, 120_000);
+
   it('is given up, and none of those that lost their worker with it each time', async () => {
     await chaos.reporting(async () => {
       const { ledger } = chaos;

@@ -18,6 +18,20 @@ import {
   type Script,
 } from './engine-support.js';
 
+it('agents whose long prompts are made at once do not wait for each other for ever', async () => {
+  const ids = ['a', 'b', 'c', 'd'];
+  const graph = compile(
+    ids.map((agent_id) => ({
+      agent_id,
+      agent_type: 'llm',
+      config: { model: `test/${agent_id}`, system_prompt: '{{ variables.x }}'.repeat(49) },
+    })),
+  );
+  const models = new ScriptedModels(Object.fromEntries(ids.map((id) => [id, says(id)])));
+  const input = { variables: { x: 'x'.repeat(100_000) } };
+  expect(await execute(graph, { models, input })).toMatchObject({ status: 'completed' });
+});
+
 describe('an llm agent', () => {
   it('asks with its system prompt, the history and the query', async () => {
     const { request } = await ask(

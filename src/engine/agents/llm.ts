@@ -56,11 +56,8 @@ export const llmAgent = agentKind(schema, function* (config, { pointer, models, 
     prompt && {
       async run(context) {
         const { text: systemPrompt, letGo } = await prompt.render(context);
-        try {
-          return await answerWith(config, systemPrompt, context);
-        } finally {
-          letGo();
-        }
+        letGo(); // nobody waits for room while it holds some: all might
+        return answerWith(config, systemPrompt, context);
       },
     }
   );
@@ -73,7 +70,7 @@ async function answerWith(
 ): Promise<ModelUsage> {
   const { evaluations } = context;
   // Many may begin at the same moment, each with all that the agents before it said.
-  const letGo = await evaluations.take(refuseLongPrompt(systemPrompt, context) - systemPrompt.length);
+  const letGo = await evaluations.take(refuseLongPrompt(systemPrompt, context));
   try {
     await evaluations.turn();
     return await answer(prepare(config, systemPrompt, context), context);
